@@ -1,0 +1,166 @@
+"""ReLoRAConfig: every choice of the method in one frozen, validated value that does not need torch."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from relora.errors import ConfigError
+
+Factors = Literal["both", "B"]
+ScalingRule = Literal["alpha/r", "rslora", "matched", "learned"]
+ResetMethod = Literal["zero", "random", "magnitude", "none"]
+ResetMask = Literal["coupled", "separate"]
+FactorInit = Literal["kaiming", "orthonormal"]
+MergePrecision = Literal["float32", "native"]
+
+ALL_LINEAR = "all-linear"
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLoRAConfig:
+    """How low-rank factors are shaped, trained, merged and restarted (paper sections 2 and 3).
+
+    Raises:
+        ConfigError: listing every field that is out of range, at once.
+    """
+
+    rank: int = 128
+    """Rank r of one cycle's update; smaller than both sides of every target layer."""
+    alpha: float | None = None
+    """Numerator of the scaling: alpha / rank (or alpha / sqrt(rank)); None means scaling 1.0."""
+    factors: Factors = "both"
+    """Which factors train: "both" (the paper), or "B" with lora_A frozen and row-orthonormal in a cycle."""
+    scaling_rule: ScalingRule = "alpha/r"
+    """"alpha/r", "rslora" (alpha / sqrt(rank)), "matched" (the step in W that full rank would make), or
+    "learned" (one scalar a layer, starting at alpha / rank)."""
+    kappa: float = 1.0
+    """Multiplier of the "matched" scaling."""
+    dropout: float = 0.0
+    """Dropout on the input of the low-rank branch only."""
+    targets: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
+    """"all-linear" (every linear layer but the output head), or fnmatch patterns on full module names."""
+    exclude: tuple[str, ...] = ()
+    """Fnmatch patterns of module names that are taken out of the targets again."""
+    restart_every: int = 1000
+    """Steps in a cycle, counted from the step of injection."""
+    reset: ResetMethod = "magnitude"
+    """What a restart does to the factors' optimizer state: "zero", "random", "magnitude" or "none"."""
+    reset_ratio: float = 0.99
+    """Fraction of entries zeroed by "random" and "magnitude": round(ratio * numel) of each tensor."""
+    reset_mask: ResetMask = "coupled"
+    """"coupled": one mask for all moments of a tensor; "separate": one each, as in the authors' code."""
+    reset_step_count: bool = False
+    """Also set the optimizer's step count of the factors to 0, which restores Adam's bias correction."""
+    init: FactorInit = "kaiming"
+    """How a new lora_A is drawn: "kaiming" (uniform, a = sqrt 5) or "orthonormal" rows; with factors="B" it
+    is orthonormal either way. lora_B always starts at 0."""
+    restart_growth: float = 1.0
+    """Cycle k lasts round(restart_every * restart_growth^k) steps."""
+    merge_precision: MergePrecision = "float32"
+    """"float32" keeps what a low-precision base would round away; "native" loses it, and warns."""
+    base_weight_decay: float = 0.0
+    """Decoupled weight decay of the frozen base: a cycle's product of (1 - lr * decay) is applied at its
+    restart."""
+
+    def __post_init__(self) -> None:
+        violations = self._violations()
+        if violations:
+            raise ConfigError.from_violations("ReLoRAConfig", violations)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """Return the recipe of the paper (rank 128, alpha 32, both factors, 99 % magnitude pruning).
+
+        Args:
+            **changes: Fields to set otherwise, `restart_every` above all: the paper's cycles differ by size.
+
+        Raises:
+            ConfigError: if a changed field is out of range.
+        """
+        recipe: dict[str, Any] = {
+            "rank": 128,
+            "alpha": 32.0,
+            "factors": "both",
+            "scaling_rule": "alpha/r",
+            "init": "kaiming",
+            "reset": "magnitude",
+            "reset_ratio": 0.99,
+            "reset_step_count": False,
+        }
+        return cls(**(recipe | changes))
+
+    @property
+    def factor_init(self) -> FactorInit:
+        """The initialisation in force: a frozen lora_A is always row-orthonormal."""
+        return "orthonormal" if self.factors == "B" else self.init
+
+    def _violations(self) -> list[str]:
+        return [
+            *_integer("rank", self.rank, least=1),
+            *([] if self.alpha is None else _number("alpha", self.alpha, above=0.0)),
+            *_choice("factors", self.factors, get_args(Factors)),
+            *_choice("scaling_rule", self.scaling_rule, get_args(ScalingRule)),
+            *_number("kappa", self.kappa, above=0.0),
+            *_number("dropout", self.dropout, least=0.0, below=1.0),
+            *_targets(self.targets),
+            *_patterns("exclude", self.exclude),
+            *_integer("restart_every", self.restart_every, least=1),
+            *_choice("reset", self.reset, get_args(ResetMethod)),
+            *_number("reset_ratio", self.reset_ratio, least=0.0, most=1.0),
+            *_choice("reset_mask", self.reset_mask, get_args(ResetMask)),
+            *_boolean("reset_step_count", self.reset_step_count),
+            *_choice("init", self.init, get_args(FactorInit)),
+            *_number("restart_growth", self.restart_growth, above=0.0),
+            *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
+            *_number("base_weight_decay", self.base_weight_decay, least=0.0),
+        ]
+
+
+def _integer(name: str, value: object, *, least: int) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return [f"{name} must be a whole number, not {value!r}"]
+    return [] if value >= least else [f"{name} must be at least {least}, not {value}"]
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return [f"{name} must be a finite number, not {value!r}"]
+    if least <= value <= most and above < value < below:
+        return []
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+    return [f"{name} must be {wanted}, not {value:g}"]
+
+
+def _boolean(name: str, value: object) -> list[str]:
+    return [] if isinstance(value, bool) else [f"{name} must be true or false, not {value!r}"]
+
+
+def _choice(name: str, value: object, choices: Collection[str]) -> list[str]:
+    if isinstance(value, str) and value in choices:
+        return []
+    return [f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}"]
+
+
+def _targets(value: object) -> list[str]:
+    if value == ALL_LINEAR:
+        return []
+    if isinstance(value, str):
+        return [f"targets must be 'all-linear' or a tuple of patterns: write ({value!r},), not {value!r}"]
+    return _patterns("targets", value) or ([] if value else ["targets must not be empty"])
+
+
+def _patterns(name: str, value: object) -> list[str]:
+    if isinstance(value, tuple) and all(isinstance(pattern, str) for pattern in value):
+        return []
+    return [f"{name} must be a tuple of patterns, not {value!r}"]
