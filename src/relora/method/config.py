@@ -14,8 +14,7 @@ ResetMask = Literal["coupled", "separate"]
 FactorInit = Literal["kaiming", "orthonormal"]
 MergePrecision = Literal["float32", "native"]
 
-ALL_LINEAR = "all-linear"
-
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)

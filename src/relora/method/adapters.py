@@ -1,0 +1,107 @@
+"""Where each optimizer family keeps its memory of a parameter: one adapter a family.
+
+A reset that does not know an optimizer's state would silently do nothing, or the opposite of what it says
+(zeroing the *codes* of an 8-bit state does not zero the state). So a family without an adapter is refused,
+and so is a state tensor an adapter does not name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from relora.errors import ConfigError
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerAdapter:
+    """How one optimizer family stores its state; subclass it where values are stored encoded."""
+
+    optimizer: type[Optimizer]
+    """The family; subclasses of it are served too, unless they have an adapter of their own."""
+    moments: tuple[str, ...]
+    """State keys that hold what is remembered of past gradients. The first of them that a parameter has
+    decides, by its magnitude, which entries a coupled mask prunes."""
+    step: str | None = None
+    """State key of the per-parameter step count, if there is one."""
+
+    def read(self, state: State, moment: str) -> Tensor:
+        """Return the values of a moment as a floating-point tensor, decoded if need be."""
+        values = state[moment]
+        assert isinstance(values, Tensor)
+        return values
+
+    def clear_(self, state: State, moment: str, mask: Tensor) -> None:
+        """Set the entries of a moment where `mask` (bool, the moment's shape) is true to 0."""
+        state[moment].masked_fill_(mask, 0)
+
+    def reset_step_(self, state: State) -> bool:
+        """Set the step count to 0 in place; return whether there was one."""
+        if self.step is None or self.step not in state:
+            return False
+        if isinstance(state[self.step], Tensor):
+            state[self.step].zero_()
+        else:
+            state[self.step] = 0
+        return True
+
+    def held_moments(self, state: State) -> tuple[str, ...]:
+        """Return the moments that a state really holds, refusing tensors this adapter does not know."""
+        known = {*self.moments, self.step}
+        unknown = [k for k, v in state.items() if isinstance(v, Tensor) and v.numel() > 1 and k not in known]
+        if unknown:
+            raise ConfigError(
+                f"the adapter for {self.optimizer.__name__} does not know the state "
+                f"{', '.join(map(repr, unknown))}; register one that names it (relora.method.adapters)"
+            )
+        return tuple(moment for moment in self.moments if state.get(moment) is not None)
+
+
+_ADAPTERS: dict[type[Optimizer], OptimizerAdapter] = {}
+
+
+def register_optimizer_adapter(adapter: OptimizerAdapter) -> None:
+    """Make resets work for an optimizer family; a later adapter for the same class replaces the earlier."""
+    _ADAPTERS[adapter.optimizer] = adapter
+
+
+def adapter_for(optimizer: Optimizer) -> OptimizerAdapter:
+    """Return the adapter of an optimizer's class, or of the nearest base class that has one.
+
+    Raises:
+        ConfigError: if there is none, with how to register one.
+    """
+    for family in type(optimizer).__mro__:
+        if family in _ADAPTERS:
+            return _ADAPTERS[family]
+    known = ", ".join(sorted(family.__name__ for family in _ADAPTERS))
+    name = type(optimizer).__name__
+    raise ConfigError(
+        f"no optimizer reset is known for {name} (known: {known}). Tell where it keeps its state: "
+        "from relora.method.adapters import OptimizerAdapter, register_optimizer_adapter; "
+        f"register_optimizer_adapter(OptimizerAdapter(optimizer={name}, moments=('exp_avg', ...), "
+        "step='step'))"
+    )
+
+
+# AdamW derives from Adam, and the foreach, fused and amsgrad variants keep the same keys.
+register_optimizer_adapter(
+    OptimizerAdapter(
+        optimizer=torch.optim.Adam, moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), step="step"
+    )
+)
+register_optimizer_adapter(
+    OptimizerAdapter(
+        optimizer=torch.optim.AdamW, moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), step="step"
+    )
+)
+register_optimizer_adapter(OptimizerAdapter(optimizer=torch.optim.SGD, moments=("momentum_buffer",)))
+register_optimizer_adapter(OptimizerAdapter(optimizer=torch.optim.Muon, moments=("momentum_buffer",)))
+# Its factored second moments are a row and a column; each is pruned by its own magnitude.
+register_optimizer_adapter(
+    OptimizerAdapter(optimizer=torch.optim.Adafactor, moments=("row_var", "col_var", "variance"), step="step")
+)

@@ -1,0 +1,119 @@
+"""What a low-precision base keeps beside it so that merges lose nothing (the merge policy).
+
+A bf16 weight has 8 significant bits: adding a delta of relative size 1e-3 to it loses most of the delta, and
+twenty such merges lose most of their sum. The master is the float32 value the merges accumulate in. It is
+stored as the weight the forward pass uses plus a *residual*, so that neither can be stale without the other:
+
+- bf16: the float32 master's upper 16 bits, rounded to nearest, are the weight itself; the residual is the
+  signed int16 difference of the bit patterns. Two bytes more a weight, and the float32 is exact.
+- fp16: the residual is the float32 difference, four bytes more.
+- fp32, fp64: the weight is its own master; no residual.
+
+"native" keeps no residual in any dtype, which is what earlier implementations do.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Master(Protocol):
+    """How a weight and its residual spell one high-precision value; tensors or equal slices of them."""
+
+    def new_residual(self, weight: Tensor) -> Tensor | None:
+        """Return the residual of a weight that is exact as it stands."""
+
+    def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the master value, at least float32, as a new tensor or the weight itself."""
+
+    def write_(self, weight: Tensor, residual: Tensor | None, value: Tensor) -> None:
+        """Store `value`: the nearest weight, and what is left of it in the residual."""
+
+
+class WeightIsMaster:
+    """The weight alone; exact for fp32 and fp64, lossy below ("native")."""
+
+    def new_residual(self, weight: Tensor) -> Tensor | None:
+        """Return None: nothing is kept."""
+        del weight
+        return None
+
+    def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the weight in at least float32."""
+        del residual
+        return weight if weight.dtype == torch.float64 else weight.float()
+
+    def write_(self, weight: Tensor, residual: Tensor | None, value: Tensor) -> None:
+        """Round `value` to the weight's dtype."""
+        del residual
+        weight.copy_(value)
+
+
+class SplitBFloat16:
+    """bf16 weight and int16 residual are the two halves of a float32."""
+
+    def new_residual(self, weight: Tensor) -> Tensor | None:
+        """Return zeros: a bf16 value is a float32 whose lower half is 0."""
+        return torch.zeros_like(weight, dtype=torch.int16)
+
+    def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
+        """Put the halves together."""
+        assert residual is not None
+        upper = weight.view(torch.int16).to(torch.int32) << 16
+        return (upper + residual.to(torch.int32)).view(torch.float32)
+
+    def write_(self, weight: Tensor, residual: Tensor | None, value: Tensor) -> None:
+        """Split float32 bits. Bit patterns of one sign are ordered like magnitudes, so adding half of the
+        lower range rounds to nearest, ties away from zero, and the remainder fits int16.
+        """
+        assert residual is not None
+        bits = value.to(torch.float32).view(torch.int32)
+        upper = (bits + 0x8000) >> 16
+        weight.view(torch.int16).copy_(upper.to(torch.int16))
+        residual.copy_((bits - (upper << 16)).to(torch.int16))
+
+
+class FloatResidual:
+    """fp16 weight and the float32 difference to the master."""
+
+    def new_residual(self, weight: Tensor) -> Tensor | None:
+        """Return zeros."""
+        return torch.zeros_like(weight, dtype=torch.float32)
+
+    def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
+        """Add the difference back."""
+        assert residual is not None
+        return weight.float() + residual
+
+    def write_(self, weight: Tensor, residual: Tensor | None, value: Tensor) -> None:
+        """Round to the weight's dtype and keep the difference."""
+        assert residual is not None
+        weight.copy_(value)
+        residual.copy_(value.float() - weight.float())
+
+
+_NATIVE = WeightIsMaster()
+_FLOAT32_MASTERS: dict[torch.dtype, Master] = {
+    torch.float64: _NATIVE,
+    torch.float32: _NATIVE,
+    torch.bfloat16: SplitBFloat16(),
+    torch.float16: FloatResidual(),
+}
+
+
+def master_for(dtype: torch.dtype, *, merge_precision: str) -> Master:
+    """Return how a base of `dtype` keeps its master under ReLoRAConfig.merge_precision."""
+    return _NATIVE if merge_precision == "native" else _FLOAT32_MASTERS[dtype]
+
+
+def fingerprint(weight: Tensor) -> int:
+    """Return a checksum of a half-precision weight's bits; a residual belongs only to the bits it was split
+    from, and this tells when somebody else has written the weight since.
+    """
+    bits = weight.detach().view(torch.int16)
+    rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+    ramps = [torch.arange(1, len(sums) + 1, device=sums.device) for sums in (rows, columns)]
+    return int((rows * ramps[0]).sum() * 31 + (columns * ramps[1]).sum())

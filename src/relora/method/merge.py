@@ -1,0 +1,136 @@
+"""Merge factors into the base and start new ones (paper Algorithm 1, lines 8 to 10).
+
+    W <- keep * W + scaling * lora_B @ lora_A,    lora_A <- new,    lora_B <- 0
+
+The sum is taken in float64 from the base's master (module `master`) and rounded once. Every layer is checked
+before any is written, and every write is measured against its float64 reference.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from relora.errors import NonFiniteError
+from relora.method.linear import LoRALinear, lora_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMerge:
+    """What a merge did to one layer."""
+
+    name: str
+    delta_norm: float
+    """Frobenius norm of the delta that was merged; 0 means the factors learned nothing in this cycle."""
+    max_abs_delta: float
+    max_function_change: float
+    """Largest absolute change of the weight that the forward pass applies (base + delta) by the merge."""
+    relative_merge_error: float
+    """Norm of what the base did not take of the delta, over the delta's norm; 0 where the delta is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge did, by layer and in total."""
+
+    layers: tuple[LayerMerge, ...]
+
+    @property
+    def max_function_change(self) -> float:
+        """Largest change of any layer's function weight."""
+        return max(layer.max_function_change for layer in self.layers)
+
+    @property
+    def relative_merge_error(self) -> float:
+        """Largest relative merge error of any layer."""
+        return max(layer.relative_merge_error for layer in self.layers)
+
+    @property
+    def unmoved_layers(self) -> tuple[str, ...]:
+        """Layers whose delta was exactly 0."""
+        return tuple(layer.name for layer in self.layers if layer.delta_norm == 0)
+
+
+def merge_and_reinit_(model: nn.Module, *, seed: int, restart_index: int) -> MergeReport:
+    """Merge every layer's delta into its base and start new factors, in place.
+
+    Args:
+        model: An injected model, or a wrapper around one.
+        seed: Root of the new factors' seeds.
+        restart_index: Which restart this is, counted from 1; with `seed` and a layer's name it determines
+            that layer's new lora_A.
+
+    Raises:
+        ConfigError: if the model holds no factors.
+        NonFiniteError: if any merged weight would not be finite; nothing has changed then.
+    """
+    layers = lora_layers(model)
+    report = merge_(layers)
+    reinit_(layers, seed=seed, restart_index=restart_index)
+    return report
+
+
+def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> None:
+    """Start new factors in every layer: lora_A drawn, lora_B zero."""
+    for layer in layers:
+        layer.reinit_(seed=seed, restart_index=restart_index)
+
+
+@torch.no_grad()
+def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
+    """Add every layer's delta to `keep` times its base; the factors stay as they are.
+
+    Args:
+        layers: The layers to merge.
+        keep: What weight decay leaves of the base.
+
+    Raises:
+        NonFiniteError: naming every layer whose merged weight would not be finite; nothing has changed then.
+    """
+    for layer in layers:
+        layer.drop_stale_residual_()
+    broken = [layer.name for layer in layers if not _is_mergeable(layer, keep)]
+    if broken:
+        raise NonFiniteError(
+            f"merge refused, no weight was changed: the merged weight would not be finite in "
+            f"{', '.join(broken)}. Go back to the last good checkpoint; lower the factors' learning rate."
+        )
+    return MergeReport(layers=tuple(_merge_layer_(layer, keep) for layer in layers))
+
+
+def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
+    finite = [
+        _target(layer, rows, keep)[0].to(layer.weight.dtype).isfinite().all() for rows in layer.row_blocks()
+    ]
+    return bool(torch.stack(finite).all())
+
+
+def _target(layer: LoRALinear, rows: slice, keep: float) -> tuple[Tensor, Tensor]:
+    """Return rows of the wanted master and of the delta, in the delta's dtype."""
+    delta = layer.delta(rows)
+    return layer.master_rows(rows).to(delta.dtype) * keep + delta, delta
+
+
+def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
+    sums = torch.zeros(2, dtype=layer.merge_dtype, device=layer.weight.device)
+    peaks = torch.zeros_like(sums)
+    for rows in layer.row_blocks():
+        target, delta = _target(layer, rows, keep)
+        function = layer.weight_rows(rows).to(delta.dtype) * keep + delta
+        layer.write_master_rows_(rows, target)
+        lost = layer.master_rows(rows).to(delta.dtype) - target
+        change = layer.weight_rows(rows).to(delta.dtype) - function
+        sums += torch.stack([delta.square().sum(), lost.square().sum()])
+        peaks = torch.maximum(peaks, torch.stack([delta.abs().max(), change.abs().max()]))
+    layer.claim_residual_()
+    delta_norm, lost_norm = (math.sqrt(value) for value in sums.tolist())
+    max_abs_delta, max_function_change = peaks.tolist()
+    return LayerMerge(
+        name=layer.name,
+        delta_norm=delta_norm,
+        max_abs_delta=max_abs_delta,
+        max_function_change=max_function_change,
+        relative_merge_error=lost_norm / delta_norm if delta_norm else 0.0,
+    )

@@ -1,0 +1,279 @@
+"""ReLoRA: the restarts of a training loop, one call a step (paper Algorithm 1).
+
+A restart is merge, reinit and optimizer reset, in that order and as a whole: what could be refused is checked
+before the first weight changes. It happens in place, so Parameters, the optimizer's references to them,
+compiled graphs and DDP buckets stay valid.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from relora.errors import CheckpointError, ConfigError
+from relora.method.adapters import adapter_for
+from relora.method.config import ReLoRAConfig, ResetMethod
+from relora.method.inject import lora_parameters
+from relora.method.linear import lora_layers
+from relora.method.merge import LayerMerge, MergeReport, merge_, reinit_
+from relora.method.reset import ParameterReset, ResetReport, check_resettable, reset_optimizer_state_
+from relora.method.schedule import Calendar
+from relora.method.seeds import derived_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartReport:
+    """What one restart did, in total and by layer; `as_dict` gives it as JSON-able values."""
+
+    restart_index: int
+    """Counted from 1."""
+    step: int
+    merge: MergeReport
+    resets: tuple[ResetReport, ...]
+    """One for each optimizer that holds factors, and one for learned scalings if there are any."""
+
+    @property
+    def max_function_change(self) -> float:
+        """Largest absolute change of any layer's function weight (base + delta) by the merge."""
+        return self.merge.max_function_change
+
+    @property
+    def relative_merge_error(self) -> float:
+        """Largest part of a layer's delta that its base did not take, against a float64 reference."""
+        return self.merge.relative_merge_error
+
+    @property
+    def num_layers(self) -> int:
+        """Layers merged."""
+        return len(self.merge.layers)
+
+    @property
+    def num_states(self) -> int:
+        """Optimizer state tensors touched."""
+        return sum(reset.num_states for reset in self.resets)
+
+    @property
+    def entries_targeted(self) -> int:
+        """Optimizer state entries that were to be zeroed."""
+        return sum(reset.entries_targeted for reset in self.resets)
+
+    @property
+    def entries_zeroed(self) -> int:
+        """Targeted entries that are zero now."""
+        return sum(reset.entries_zeroed for reset in self.resets)
+
+    @property
+    def without_state(self) -> tuple[str, ...]:
+        """Factors the optimizer had no state of yet."""
+        return tuple(name for reset in self.resets for name in reset.without_state)
+
+    @property
+    def layers(self) -> tuple[LayerMerge, ...]:
+        """What the merge did to each layer."""
+        return self.merge.layers
+
+    @property
+    def parameters(self) -> tuple[ParameterReset, ...]:
+        """What the reset did to the state of each factor."""
+        return tuple(parameter for reset in self.resets for parameter in reset.parameters)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values, totals first."""
+        return {
+            "restart_index": self.restart_index,
+            "step": self.step,
+            "max_function_change": self.max_function_change,
+            "relative_merge_error": self.relative_merge_error,
+            "entries_targeted": self.entries_targeted,
+            "entries_zeroed": self.entries_zeroed,
+            "num_layers": self.num_layers,
+            "num_states": self.num_states,
+            "step_counts_reset": sum(reset.step_counts_reset for reset in self.resets),
+            "unmoved_layers": list(self.merge.unmoved_layers),
+            "without_state": list(self.without_state),
+            "layers": [asdict(layer) for layer in self.layers],
+            "parameters": [asdict(parameter) for parameter in self.parameters],
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"restart {self.restart_index} after step {self.step}: {self.num_layers} layers merged "
+            f"(error {self.relative_merge_error:.1e}), {self.entries_zeroed:,} of {self.entries_targeted:,} "
+            f"targeted entries in {self.num_states} optimizer states zeroed"
+        )
+
+
+class ReLoRA:
+    """Restarts an injected model at the ends of its cycles.
+
+    Args:
+        model: The injected model, or a wrapper around it (DDP, torch.compile).
+        optimizer: The optimizer that holds the factors, or several that share them.
+        config: The config the model was injected with.
+        seed: Root of the factors' seeds at restarts.
+        start: The step at injection, after which cycles are counted.
+        end: The last step of the run; no restart falls on it.
+
+    Raises:
+        ConfigError: if the model holds no factors or was injected with another config, an optimizer lacks
+            factors or is of an unknown family, or the calendar is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        config: ReLoRAConfig,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        end: int | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.seed = seed
+        self.calendar = Calendar(
+            restart_every=config.restart_every, restart_growth=config.restart_growth, start=start, end=end
+        )
+        self.restart_index = 0
+        self._step = start
+        self._keep = 1.0
+        self._layers = lora_layers(model)
+        self._refuse_other_config()
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._held = self._factors_by_optimizer(optimizers)
+        for held_by, _ in self._held:
+            adapter_for(held_by)
+
+    def after_step(self, step: int) -> RestartReport | None:
+        """Restart if `step` ends a cycle; call it after `optimizer.step()` of every step, in order.
+
+        Call it before a learning-rate scheduler's `step()` and before a checkpoint of this step is written.
+
+        Args:
+            step: The optimizer step just taken, counted from 1.
+
+        Returns:
+            What the restart did, or None between restarts.
+
+        Raises:
+            ConfigError: if steps are skipped or repeated, or pass `end`.
+            NonFiniteError: if a merged weight or an optimizer state would not be finite; nothing has changed.
+            OptimizerResetError: if the reset did not do what it reports.
+        """
+        if step != self._step + 1:
+            raise ConfigError(
+                f"after_step({step}) follows step {self._step}: steps come in order, one call for each; "
+                f"{self._step + 1} was expected (load_state_dict resumes a counter)"
+            )
+        if self.calendar.end is not None and step > self.calendar.end:
+            raise ConfigError(f"after_step({step}) lies past end={self.calendar.end}")
+        if self.config.base_weight_decay:
+            self._keep *= 1 - self._factor_lr() * self.config.base_weight_decay
+        report = self._restart(step) if self.calendar.restarts_at(step) else None
+        self._step = step
+        return report
+
+    @torch.no_grad()
+    def _restart(self, step: int) -> RestartReport:
+        for optimizer, factors in self._held:
+            check_resettable(optimizer, factors)
+        merge = merge_(self._layers, keep=self._keep)
+        index = self.restart_index + 1
+        reinit_(self._layers, seed=self.seed, restart_index=index)
+        resets = tuple(
+            report for optimizer, factors in self._held for report in self._reset_(optimizer, factors, index)
+        )
+        self.restart_index = index
+        self._keep = 1.0
+        return RestartReport(restart_index=index, step=step, merge=merge, resets=resets)
+
+    def _reset_(
+        self, optimizer: Optimizer, factors: list[tuple[str, nn.Parameter]], index: int
+    ) -> list[ResetReport]:
+        config = self.config
+        scalings = [pair for pair in factors if pair[0].endswith("lora_scaling")]
+        matrices = [pair for pair in factors if not pair[0].endswith("lora_scaling")]
+        # A restart keeps a learned scaling's value and always forgets its gradients' history.
+        groups: list[tuple[list[tuple[str, nn.Parameter]], ResetMethod]]
+        groups = [(matrices, config.reset), (scalings, "zero")]
+        return [
+            reset_optimizer_state_(
+                optimizer,
+                group,
+                method=method,
+                ratio=config.reset_ratio,
+                mask=config.reset_mask,
+                seed=derived_seed(self.seed, index),
+                reset_step_count=config.reset_step_count,
+            )
+            for group, method in groups
+            if group
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the restart counters as JSON-able values; factors and base are in the model's own state."""
+        return {
+            "step": self._step,
+            "restart_index": self.restart_index,
+            "keep": self._keep,
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over counters saved by `state_dict`, in mid-cycle or on a restart.
+
+        Raises:
+            CheckpointError: if the state is incomplete, or of a run with another calendar or seed; nothing
+                has changed then.
+        """
+        wanted = {"step", "restart_index", "keep", *self._identity()}
+        if set(state) != wanted:
+            raise CheckpointError(f"ReLoRA state must hold exactly {sorted(wanted)}, not {sorted(state)}")
+        other = [f"{k} {state[k]!r} (here {v!r})" for k, v in self._identity().items() if state[k] != v]
+        if other:
+            raise CheckpointError(f"ReLoRA state is of another run: {', '.join(other)}")
+        self._step, self.restart_index, self._keep = state["step"], state["restart_index"], state["keep"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "start": self.calendar.start,
+            "restart_every": self.calendar.restart_every,
+            "restart_growth": self.calendar.restart_growth,
+        }
+
+    def _refuse_other_config(self) -> None:
+        for layer in self._layers:
+            if layer.config == self.config:
+                continue
+            mine, theirs = asdict(self.config), asdict(layer.config)
+            fields = [f"{k} {theirs[k]!r} (here {mine[k]!r})" for k in mine if mine[k] != theirs[k]]
+            raise ConfigError(f"{layer.name} was injected with another config: {', '.join(fields)}")
+
+    def _factors_by_optimizer(
+        self, optimizers: Sequence[Optimizer]
+    ) -> list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]]:
+        factors = [(name, p) for name, p in lora_parameters(self.model) if p.requires_grad]
+        owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+        missing = [name for name, parameter in factors if id(parameter) not in owners]
+        if missing:
+            raise ConfigError(
+                f"the optimizer does not hold {len(missing)} of {len(factors)} factors (the first is "
+                f"{missing[0]}): build it after inject(model, config), from the parameters that require "
+                "gradients"
+            )
+        held = [(o, [(n, p) for n, p in factors if owners[id(p)] is o]) for o in optimizers]
+        return [(optimizer, owned) for optimizer, owned in held if owned]
+
+    def _factor_lr(self) -> float:
+        """Return the learning rate of the first layer's lora_B."""
+        lora_B: nn.Parameter = self._layers[0].lora_B
+        for optimizer, _ in self._held:
+            for group in optimizer.param_groups:
+                if any(parameter is lora_B for parameter in group["params"]):
+                    return float(group["lr"])
+        raise AssertionError("every factor is held by an optimizer")
