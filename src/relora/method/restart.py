@@ -101,8 +101,8 @@ class RestartReport:
     def __str__(self) -> str:
         return (
             f"restart {self.restart_index} after step {self.step}: {self.num_layers} layers merged "
-            f"(error {self.relative_merge_error:.1e}), {self.entries_zeroed:,} of {self.entries_targeted:,} "
-            f"targeted entries in {self.num_states} optimizer states zeroed"
+            f"(error {self.relative_merge_error:.1e}), {self.entries_zeroed:,} of "
+            f"{sum(p.entries for p in self.parameters):,} entries in {self.num_states} optimizer states zeroed"
         )
 
 
