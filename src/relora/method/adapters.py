@@ -5,6 +5,7 @@ A reset that does not know an optimizer's state would silently do nothing, or th
 and so is a state tensor an adapter does not name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +53,22 @@ class OptimizerAdapter:
     def held_moments(self, state: State) -> tuple[str, ...]:
         """Return the moments that a state really holds, refusing tensors this adapter does not know."""
         known = {*self.moments, self.step}
-        unknown = [k for k, v in state.items() if isinstance(v, Tensor) and v.numel() > 1 and k not in known]
+        unknown = [key for key, value in state.items() if holds_values(value) and key not in known]
         if unknown:
             raise ConfigError(
                 f"the adapter for {self.optimizer.__name__} does not know the state "
                 f"{', '.join(map(repr, unknown))}; register one that names it (relora.method.adapters)"
             )
         return tuple(moment for moment in self.moments if state.get(moment) is not None)
+
+
+def holds_values(value: object) -> bool:
+    """Tell whether a state entry is a tensor of more than one value, or a container that holds one."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, Mapping):
+        return any(map(holds_values, value.values()))
+    return isinstance(value, list | tuple) and any(map(holds_values, value))
 
 
 _ADAPTERS: dict[type[Optimizer], OptimizerAdapter] = {}

@@ -23,14 +23,19 @@ class FactorInit:
     """in_features -> expected root mean square of an entry."""
 
 
+def _blank(rows: int, columns: int) -> Tensor:
+    # Named, since torch's defaults are the caller's: `with torch.device("cuda")`, `set_default_dtype`.
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+
+
 def _kaiming(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
     # Kaiming-uniform with a = sqrt(5) and fan_in = in_features is U(-1/sqrt(in), 1/sqrt(in)) (paper 2).
     bound = 1 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return _blank(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
 def _orthonormal(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
-    gaussian = torch.empty(in_features, rank).normal_(generator=generator)
+    gaussian = _blank(in_features, rank).normal_(generator=generator)
     columns, triangle = torch.linalg.qr(gaussian)
     # The sign of R's diagonal is the only freedom of QR; fixing it makes the rows uniformly distributed.
     rows: Tensor = (columns * triangle.diagonal().sign()).T.contiguous()

@@ -17,19 +17,25 @@ from torch import Tensor, nn
 from relora.errors import ConfigError
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
-from relora.method.master import SUPPORTED_DTYPES, Master, fingerprint, master_for
+from relora.method.master import SUPPORTED_DTYPES, Master, fingerprint, keeping_float32, master_for
 from relora.method.scaling import initial_scaling
 from relora.method.seeds import derived_generator
 
 # Merges work on blocks of rows, so that their float64 intermediates stay small whatever the layer's size.
 _BLOCK_ENTRIES = 1 << 22
+_FACTORS = ("lora_A", "lora_B", "lora_scaling")
+_OWN_ATTRIBUTES = {
+    *("config", "name", "is_transposed", "fixed_scaling"),
+    *("_plain_type", "_plain_trains", "_plain_attributes", "_residual_owner", "_pending_draw"),
+}
 
 
 class LoRALinear(nn.Module):
     """A linear layer (or a `Conv1D`, whose weight is stored transposed) with low-rank factors.
 
     Shapes: weight (out_features, in_features), or (in_features, out_features) where `is_transposed`;
-    lora_A (rank, in_features); lora_B (out_features, rank). The factors of a half-precision base are float32.
+    lora_A (rank, in_features); lora_B (out_features, rank). The factors of a half-precision base are float32,
+    and stay so when the model is cast.
     """
 
     weight: nn.Parameter
@@ -45,7 +51,9 @@ class LoRALinear(nn.Module):
     fixed_scaling: float
     _plain_type: type[nn.Module]
     _plain_trains: bool
+    _plain_attributes: dict[str, Any]
     _residual_owner: int | None
+    _pending_draw: tuple[int, int] | None
 
     @classmethod
     def wrap_(cls, layer: nn.Module, config: ReLoRAConfig, *, name: str, seed: int) -> Self:
@@ -58,11 +66,12 @@ class LoRALinear(nn.Module):
             seed: Root of every factor's seed.
         """
         is_transposed = not isinstance(layer, nn.Linear)
-        plain_type = type(layer)
+        plain_type, plain_attributes = type(layer), dict(vars(layer))
         layer.__class__ = cls
         wrapped = cast(Self, layer)
         wrapped.config, wrapped.name, wrapped.is_transposed = config, name, is_transposed
         wrapped._plain_type, wrapped._plain_trains = plain_type, wrapped.weight.requires_grad
+        wrapped._plain_attributes = {k: plain_attributes[k] for k in _OWN_ATTRIBUTES & set(plain_attributes)}
         wrapped.weight.requires_grad_(False).grad = None
         wrapped._add_factors(seed)
         wrapped.register_buffer("weight_residual", None)
@@ -86,13 +95,10 @@ class LoRALinear(nn.Module):
 
     def unwrap_(self) -> nn.Module:
         """Give the plain layer back, in place, without the factors; `fold` has merged them before."""
-        plain_type, trains = self._plain_type, self._plain_trains
-        for parameter in ("lora_A", "lora_B", "lora_scaling"):
-            delattr(self, parameter)
-        del self.weight_residual
-        for attribute in ("config", "name", "is_transposed", "fixed_scaling"):
-            delattr(self, attribute)
-        del self._plain_type, self._plain_trains, self._residual_owner
+        plain_type, trains, attributes = self._plain_type, self._plain_trains, self._plain_attributes
+        for name in (*_FACTORS, "weight_residual", *_OWN_ATTRIBUTES):
+            delattr(self, name)
+        vars(self).update(attributes)
         self.weight.requires_grad_(trains)
         self.__class__ = plain_type  # type: ignore[assignment]
         return self
@@ -158,11 +164,22 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def reinit_(self, *, seed: int, restart_index: int) -> None:
         """Start new factors: lora_A drawn from (seed, restart_index, name), lora_B zero."""
+        self._pending_draw = (seed, restart_index) if self.lora_A.is_meta else None
         if not self.lora_A.is_meta:
             generator = derived_generator(seed, restart_index, self.name, "lora_A")
             draw = FACTOR_INITS[self.config.factor_init].draw
             self.lora_A.copy_(draw(self.config.rank, self.in_features, generator))
         self.lora_B.zero_()
+
+    @torch.no_grad()
+    def _draw_pending_(self) -> None:
+        """Draw the factors of a layer injected on the meta device, once there is memory for them."""
+        if self._pending_draw is None or self.lora_A.is_meta:
+            return
+        if self.lora_scaling is not None:
+            self.lora_scaling.fill_(self.fixed_scaling)
+        seed, restart_index = self._pending_draw
+        self.reinit_(seed=seed, restart_index=restart_index)
 
     def row_blocks(self) -> Iterator[slice]:
         """Yield slices of output features small enough for float64 work on them to stay cheap in memory."""
@@ -184,7 +201,9 @@ class LoRALinear(nn.Module):
 
     def drop_stale_residual_(self) -> None:
         """Forget the residual if somebody has written the weight since it was split: the weight is right."""
-        if self.weight_residual is not None and self._residual_owner != fingerprint(self.weight):
+        if self.weight_residual is None or self.weight.is_meta:
+            return
+        if self._residual_owner != fingerprint(self.weight):
             self.weight_residual.zero_()
             self.claim_residual_()
 
@@ -204,10 +223,13 @@ class LoRALinear(nn.Module):
         return None if self.weight_residual is None else self._by_rows(self.weight_residual)[rows]
 
     def _fit_residual(self) -> None:
-        if self.weight.dtype not in SUPPORTED_DTYPES:
-            raise ConfigError(f"{self.name}: a base of dtype {self.weight.dtype} cannot be merged into")
+        self._refuse_dtype(self.weight.dtype)
         self.weight_residual = self._master.new_residual(self.weight.detach())
         self.claim_residual_()
+
+    def _refuse_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in SUPPORTED_DTYPES:
+            raise ConfigError(f"{self.name or 'the layer'}: a base of dtype {dtype} cannot be merged into")
 
     def _rewrite_master_(self, value: Tensor) -> None:
         """Take `value`, in the weight's layout, as the base's master, whatever its dtype is now."""
@@ -216,33 +238,51 @@ class LoRALinear(nn.Module):
         self.claim_residual_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `model.to(dtype)` must neither lose the master's lower bits nor leave a residual of the old dtype.
+        # `model.to(dtype)` must neither lose the master's lower bits, nor narrow the factors, nor leave a
+        # residual of the old dtype; and what comes from the meta device has yet to be drawn.
+        was_meta = self.weight.is_meta
         probe = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device))
-        if probe.dtype == self.weight.dtype or probe.is_meta or self.weight.is_meta:
-            return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        self.drop_stale_residual_()
-        value = self._master.read(self.weight.detach(), self.weight_residual).clone()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._refuse_dtype(probe.dtype)
+        value: Tensor | None = None
+        if probe.dtype != self.weight.dtype and not (was_meta or probe.is_meta):
+            self.drop_stale_residual_()
+            value = self._master.read(self.weight.detach(), self.weight_residual).clone()
+        factors = [p for name in _FACTORS if (p := getattr(self, name)) is not None]
+        wide = (self.weight_residual, *factors, *(p.grad for p in factors))
+        super()._apply(keeping_float32(fn, wide), recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self._rewrite_master_(value.to(self.weight.device))
+            if value is not None:
+                self._rewrite_master_(value.to(self.weight.device))
+            elif was_meta or probe.is_meta:
+                self._fit_residual()
+        self._draw_pending_()
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_stale_residual_()  # a checkpoint holds the weight with its own residual
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         entries = cast(dict[str, Any], state_dict)
-        own = {n: p for n, p in self._parameters.items() if n.startswith("lora_") and p is not None}
+        own = {name: p for name in _FACTORS if (p := getattr(self, name)) is not None}
         weight = entries.get(prefix + "weight")
         residual = entries.get(prefix + "weight_residual")
-        if weight is not None and not any(prefix + name in entries for name in own):
+        if prefix + "lora_A" in entries:
+            self._pending_draw = None
+        elif weight is not None and not any(prefix + name in entries for name in own):
             # A checkpoint of the plain model: its function is the base alone, so the delta becomes 0.
-            entries.update({prefix + name: p.detach().clone() for name, p in own.items()})
+            for name, p in own.items():
+                value = torch.empty_like(p, device=weight.device) if p.is_meta else p.detach().clone()
+                entries[prefix + name] = value
             entries[prefix + "lora_B"].zero_()
         if self.weight_residual is not None:
             entries.setdefault(prefix + "weight_residual", self.weight_residual)
         else:
             entries.pop(prefix + "weight_residual", None)
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
+        self._draw_pending_()
         if weight is None or weight.shape != self.weight.shape or self.weight.is_meta:
             return
         loaded_as = master_for(weight.dtype, merge_precision="native" if residual is None else "float32")

@@ -12,6 +12,7 @@ stored as the weight the forward pass uses plus a *residual*, so that neither ca
 "native" keeps no residual in any dtype, which is what earlier implementations do.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -107,6 +108,20 @@ _FLOAT32_MASTERS: dict[torch.dtype, Master] = {
 def master_for(dtype: torch.dtype, *, merge_precision: str) -> Master:
     """Return how a base of `dtype` keeps its master under ReLoRAConfig.merge_precision."""
     return _NATIVE if merge_precision == "native" else _FLOAT32_MASTERS[dtype]
+
+
+def keeping_float32(
+    fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None]
+) -> Callable[[Tensor], Tensor]:
+    """Return `fn` as `nn.Module._apply` takes it, except that it narrows none of `tensors` below float32."""
+    wide = {id(tensor) for tensor in tensors}
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        is_narrowed = id(tensor) in wide and moved.dtype in (torch.bfloat16, torch.float16)
+        return tensor.to(device=moved.device, dtype=torch.float32) if is_narrowed else moved
+
+    return apply
 
 
 def fingerprint(weight: Tensor) -> int:

@@ -91,7 +91,7 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
     """
     for layer in layers:
         layer.drop_stale_residual_()
-    broken = [layer.name for layer in layers if not _is_mergeable(layer, keep)]
+    broken = [layer.name or "the layer" for layer in layers if not _is_mergeable(layer, keep)]
     if broken:
         raise NonFiniteError(
             f"merge refused, no weight was changed: the merged weight would not be finite in "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.errors import ConfigError, NonFiniteError, OptimizerResetError
-from relora.method.adapters import OptimizerAdapter, State, adapter_for
+from relora.method.adapters import OptimizerAdapter, State, adapter_for, holds_values
 from relora.method.config import ResetMask, ResetMethod
 from relora.method.seeds import derived_generator
 
@@ -105,21 +105,14 @@ def reset_optimizer_state_(
         )
     adapter = adapter_for(optimizer)
     named = _named(params)
-    check_resettable(optimizer, named)
+    check_resettable(optimizer, named, method=method)
     with_state = [(name, optimizer.state[p]) for name, p in named if optimizer.state.get(p)]
     choose = RESET_METHODS[method]
     resets = []
     for name, state in with_state:
         generator = derived_generator(seed, name, "optimizer reset")
         resets.append(_reset_parameter_(adapter, state, name, choose, ratio, mask, generator))
-    touched = sum(reset.num_states for reset in resets)
-    expected = method != "none" and bool(named)
-    if expected and not touched and any(map(_holds_tensors, optimizer.state.values())):
-        raise OptimizerResetError(
-            f"optimizer reset {method!r} touched no state of {len(named)} parameters although "
-            f"{type(optimizer).__name__} has states: no gradient has reached them since they were added"
-        )
-    counts = sum(adapter.reset_step_(state) for _, state in with_state) if reset_step_count else 0
+    counts = sum(_reset_step_(adapter, state, name) for name, state in with_state) if reset_step_count else 0
     return ResetReport(
         method=method,
         parameters=tuple(resets),
@@ -128,12 +121,15 @@ def reset_optimizer_state_(
     )
 
 
-def check_resettable(optimizer: Optimizer, params: Iterable[nn.Parameter | tuple[str, nn.Parameter]]) -> None:
+def check_resettable(
+    optimizer: Optimizer, params: Iterable[nn.Parameter | tuple[str, nn.Parameter]], *, method: ResetMethod
+) -> None:
     """Refuse, before anything changes, what a reset could not do.
 
     Raises:
         ConfigError: for an unknown optimizer family or state, or parameters that are not the optimizer's.
         NonFiniteError: if a state holds NaN or infinity.
+        OptimizerResetError: if nothing would be touched although the optimizer has states.
     """
     adapter = adapter_for(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -144,11 +140,20 @@ def check_resettable(optimizer: Optimizer, params: Iterable[nn.Parameter | tuple
             f"{type(optimizer).__name__} does not hold {_shorten(strangers)}: build the optimizer after "
             "inject(model, config), from the parameters that require gradients"
         )
+    held_moments = 0
     for name, parameter in named:
         state = optimizer.state.get(parameter, {})
         for moment in adapter.held_moments(state):
+            held_moments += 1
             if not adapter.read(state, moment).isfinite().all():
                 raise NonFiniteError(f"optimizer state {moment!r} of {name} holds NaN or infinity")
+    has_states = any(map(holds_values, optimizer.state.values()))
+    if method != "none" and not held_moments and has_states:
+        raise OptimizerResetError(
+            f"optimizer reset {method!r} would touch no state of {len(named)} parameters although "
+            f"{type(optimizer).__name__} has states: no gradient has reached these parameters, or there are "
+            "none (an iterator that was used up before?)"
+        )
 
 
 def _reset_parameter_(  # noqa: PLR0917
@@ -187,6 +192,16 @@ def _reset_parameter_(  # noqa: PLR0917
     return ParameterReset(
         name=name, num_states=touched, entries=entries, entries_targeted=targeted, entries_zeroed=zeroed
     )
+
+
+def _reset_step_(adapter: OptimizerAdapter, state: State, name: str) -> bool:
+    was_reset = adapter.reset_step_(state)
+    if adapter.step in state and float(state[adapter.step]):
+        raise OptimizerResetError(
+            f"the step count of {name} is {float(state[adapter.step]):g} after its reset: "
+            f"{type(adapter).__name__} for {adapter.optimizer.__name__} is broken"
+        )
+    return was_reset
 
 
 Choose = Callable[[Tensor, float, torch.Generator], Tensor | None]
@@ -234,7 +249,8 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count:
         flat = scores.reshape(-1)
         flat = flat if flat.dtype == torch.float64 else flat.float()
-        threshold = flat.kthvalue(count).values
+        # Not kthvalue, which torch.use_deterministic_algorithms refuses on CUDA.
+        threshold = flat.topk(count, largest=False, sorted=False).values.max()
         torch.less(flat, threshold, out=mask)
         ties = (flat == threshold).nonzero().squeeze(1)
         mask[ties[: count - int(mask.sum())]] = True
@@ -244,10 +260,6 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 def _named(params: Iterable[nn.Parameter | tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     pairs = enumerate(params)
     return [item if isinstance(item, tuple) else (f"parameter {index}", item) for index, item in pairs]
-
-
-def _holds_tensors(state: State) -> bool:
-    return any(isinstance(value, Tensor) and value.numel() > 1 for value in state.values())
 
 
 def _shorten(names: Sequence[str], most: int = 3) -> str:

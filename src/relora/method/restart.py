@@ -5,7 +5,8 @@ before the first weight changes. It happens in place, so Parameters, the optimiz
 compiled graphs and DDP buckets stay valid.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch.optim import Optimizer
 from relora.errors import CheckpointError, ConfigError
 from relora.method.adapters import adapter_for
 from relora.method.config import ReLoRAConfig, ResetMethod
-from relora.method.inject import lora_parameters
-from relora.method.linear import lora_layers
+from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import LayerMerge, MergeReport, merge_, reinit_
 from relora.method.reset import ParameterReset, ResetReport, check_resettable, reset_optimizer_state_
 from relora.method.schedule import Calendar
 from relora.method.seeds import derived_seed
+
+Factor = tuple[str, nn.Parameter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +101,11 @@ class RestartReport:
         }
 
     def __str__(self) -> str:
+        entries = sum(parameter.entries for parameter in self.parameters)
         return (
             f"restart {self.restart_index} after step {self.step}: {self.num_layers} layers merged "
-            f"(error {self.relative_merge_error:.1e}), {self.entries_zeroed:,} of "
-            f"{sum(p.entries for p in self.parameters):,} entries in {self.num_states} optimizer states zeroed"
+            f"(error {self.relative_merge_error:.1e}), {self.entries_zeroed:,} of {entries:,} entries in "
+            f"{self.num_states} optimizer states zeroed"
         )
 
 
@@ -116,6 +119,7 @@ class ReLoRA:
         seed: Root of the factors' seeds at restarts.
         start: The step at injection, after which cycles are counted.
         end: The last step of the run; no restart falls on it.
+        last_restart: No restart falls later than this step, so that its re-warm ends before the run does.
 
     Raises:
         ConfigError: if the model holds no factors or was injected with another config, an optimizer lacks
@@ -131,12 +135,17 @@ class ReLoRA:
         seed: int = 0,
         start: int = 0,
         end: int | None = None,
+        last_restart: int | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.seed = seed
         self.calendar = Calendar(
-            restart_every=config.restart_every, restart_growth=config.restart_growth, start=start, end=end
+            restart_every=config.restart_every,
+            restart_growth=config.restart_growth,
+            start=start,
+            end=end,
+            last_restart=last_restart,
         )
         self.restart_index = 0
         self._step = start
@@ -145,8 +154,9 @@ class ReLoRA:
         self._refuse_other_config()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._held = self._factors_by_optimizer(optimizers)
-        for held_by, _ in self._held:
-            adapter_for(held_by)
+        adapters = [adapter_for(held_by) for held_by, _ in self._held]
+        if config.reset_step_count and all(adapter.step is None for adapter in adapters):
+            warnings.warn("reset_step_count has no effect: the optimizer counts no steps", stacklevel=2)
 
     def after_step(self, step: int) -> RestartReport | None:
         """Restart if `step` ends a cycle; call it after `optimizer.step()` of every step, in order.
@@ -171,48 +181,46 @@ class ReLoRA:
             )
         if self.calendar.end is not None and step > self.calendar.end:
             raise ConfigError(f"after_step({step}) lies past end={self.calendar.end}")
+        keep = self._keep
         if self.config.base_weight_decay:
-            self._keep *= 1 - self._factor_lr() * self.config.base_weight_decay
-        report = self._restart(step) if self.calendar.restarts_at(step) else None
-        self._step = step
+            keep *= 1 - self._factor_lr() * self.config.base_weight_decay
+        report = self._restart(step, keep) if self.calendar.restarts_at(step) else None
+        self._step, self._keep = step, 1.0 if report else keep
         return report
 
     @torch.no_grad()
-    def _restart(self, step: int) -> RestartReport:
-        for optimizer, factors in self._held:
-            check_resettable(optimizer, factors)
-        merge = merge_(self._layers, keep=self._keep)
+    def _restart(self, step: int, keep: float) -> RestartReport:
+        self._refuse_other_factors()
+        for optimizer, factors, method in self._resets():
+            check_resettable(optimizer, factors, method=method)
+        merge = merge_(self._layers, keep=keep)
         index = self.restart_index + 1
         reinit_(self._layers, seed=self.seed, restart_index=index)
         resets = tuple(
-            report for optimizer, factors in self._held for report in self._reset_(optimizer, factors, index)
-        )
-        self.restart_index = index
-        self._keep = 1.0
-        return RestartReport(restart_index=index, step=step, merge=merge, resets=resets)
-
-    def _reset_(
-        self, optimizer: Optimizer, factors: list[tuple[str, nn.Parameter]], index: int
-    ) -> list[ResetReport]:
-        config = self.config
-        scalings = [pair for pair in factors if pair[0].endswith("lora_scaling")]
-        matrices = [pair for pair in factors if not pair[0].endswith("lora_scaling")]
-        # A restart keeps a learned scaling's value and always forgets its gradients' history.
-        groups: list[tuple[list[tuple[str, nn.Parameter]], ResetMethod]]
-        groups = [(matrices, config.reset), (scalings, "zero")]
-        return [
             reset_optimizer_state_(
                 optimizer,
-                group,
+                factors,
                 method=method,
-                ratio=config.reset_ratio,
-                mask=config.reset_mask,
+                ratio=self.config.reset_ratio,
+                mask=self.config.reset_mask,
                 seed=derived_seed(self.seed, index),
-                reset_step_count=config.reset_step_count,
+                reset_step_count=self.config.reset_step_count,
             )
-            for group, method in groups
-            if group
-        ]
+            for optimizer, factors, method in self._resets()
+        )
+        self.restart_index = index
+        return RestartReport(restart_index=index, step=step, merge=merge, resets=resets)
+
+    def _resets(self) -> Iterator[tuple[Optimizer, list[Factor], ResetMethod]]:
+        """Yield what a restart resets, and how."""
+        for optimizer, factors in self._held:
+            # A restart keeps a learned scaling's value and always forgets its gradients' history.
+            scalings = [(name, p) for name, p in factors if name.endswith("lora_scaling")]
+            matrices = [(name, p) for name, p in factors if not name.endswith("lora_scaling")]
+            if matrices:
+                yield optimizer, matrices, self.config.reset
+            if scalings:
+                yield optimizer, scalings, "zero"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the restart counters as JSON-able values; factors and base are in the model's own state."""
@@ -254,20 +262,40 @@ class ReLoRA:
             fields = [f"{k} {theirs[k]!r} (here {mine[k]!r})" for k in mine if mine[k] != theirs[k]]
             raise ConfigError(f"{layer.name} was injected with another config: {', '.join(fields)}")
 
-    def _factors_by_optimizer(
-        self, optimizers: Sequence[Optimizer]
-    ) -> list[tuple[Optimizer, list[tuple[str, nn.Parameter]]]]:
-        factors = [(name, p) for name, p in lora_parameters(self.model) if p.requires_grad]
-        owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-        missing = [name for name, parameter in factors if id(parameter) not in owners]
+    def _refuse_other_factors(self) -> None:
+        made_for = {id(parameter) for _, factors in self._held for _, parameter in factors}
+        present = {id(parameter) for _, parameter in self._factors()}
+        strangers = [name for name, p in self._factors() if p.requires_grad and id(p) not in made_for]
+        if strangers or not made_for <= present:
+            raise ConfigError(
+                "the model's factors are no longer those this ReLoRA and its optimizer hold "
+                f"({', '.join(strangers[:3]) or 'it was folded'}); build both anew after fold and inject"
+            )
+
+    def _factors(self) -> list[Factor]:
+        """Return all factors by the names at injection: they seed the masks of "random", and no wrapper
+        changes them.
+        """
+        named = [
+            (f"{layer.name}.{leaf}".lstrip("."), getattr(layer, leaf))
+            for layer in self._layers
+            if isinstance(layer, LoRALinear)
+            for leaf in ("lora_A", "lora_B", "lora_scaling")
+        ]
+        return [(name, parameter) for name, parameter in named if parameter is not None]
+
+    def _factors_by_optimizer(self, optimizers: Sequence[Optimizer]) -> list[tuple[Optimizer, list[Factor]]]:
+        factors = [(name, parameter) for name, parameter in self._factors() if parameter.requires_grad]
+        ids = {o: {id(p) for group in o.param_groups for p in group["params"]} for o in optimizers}
+        missing = [name for name, p in factors if not any(id(p) in held for held in ids.values())]
         if missing:
             raise ConfigError(
                 f"the optimizer does not hold {len(missing)} of {len(factors)} factors (the first is "
                 f"{missing[0]}): build it after inject(model, config), from the parameters that require "
                 "gradients"
             )
-        held = [(o, [(n, p) for n, p in factors if owners[id(p)] is o]) for o in optimizers]
-        return [(optimizer, owned) for optimizer, owned in held if owned]
+        owned = [(o, [pair for pair in factors if id(pair[1]) in held]) for o, held in ids.items()]
+        return [(optimizer, pairs) for optimizer, pairs in owned if pairs]
 
     def _factor_lr(self) -> float:
         """Return the learning rate of the first layer's lora_B."""

@@ -32,18 +32,14 @@ class Calendar:
     restart_growth: float = 1.0
     start: int = 0
     end: int | None = None
+    """The last step of the run; no restart falls on it."""
+    last_restart: int | None = None
+    """No restart falls later than this; the cycle it begins lasts to the end."""
 
     def __post_init__(self) -> None:
-        violations = [
-            f"{name} must be {wanted}, not {value}"
-            for name, wanted, value, is_right in (
-                ("restart_every", "at least 1", self.restart_every, self.restart_every >= 1),
-                ("restart_growth", "above 0", self.restart_growth, self.restart_growth > 0),
-                ("start", "at least 0", self.start, self.start >= 0),
-                ("end", "start or later", self.end, self.end is None or self.end >= self.start),
-            )
-            if not is_right
-        ]
+        violations = _calendar_violations(self.restart_every, self.restart_growth, self.start)
+        if self.end is not None and self.end < self.start:
+            violations.append(f"end must be start {self.start} or later, not {self.end}")
         if violations:
             raise ConfigError.from_violations("restart calendar", violations)
 
@@ -53,11 +49,12 @@ class Calendar:
         """
         if updates_done < self.start:
             return 0
+        counted = max(self.start, self._counted(updates_done))
         if self.restart_growth == 1.0:
-            return updates_done - (updates_done - self.start) % self.restart_every
+            return counted - (counted - self.start) % self.restart_every
         begun = self.start
         for boundary in self._boundaries():
-            if boundary > updates_done:
+            if boundary > counted:
                 break
             begun = boundary
         return begun
@@ -70,10 +67,13 @@ class Calendar:
         """Return every restart step up to and including `last_step`, in order."""
         steps = []
         for boundary in self._boundaries():
-            if boundary > last_step:
+            if boundary > self._counted(last_step):
                 break
             steps.append(boundary)
         return tuple(step for step in steps if step != self.end)
+
+    def _counted(self, step: int) -> int:
+        return step if self.last_restart is None else min(step, self.last_restart)
 
     def _boundaries(self) -> Iterator[int]:
         boundary, cycle = self.start, 0
@@ -93,6 +93,7 @@ def jagged_cosine(
     min_ratio: float = 0.1,
     start: int = 0,
     restart_growth: float = 1.0,
+    last_restart: int | None = None,
 ) -> float:
     """Return the learning-rate multiplier of the update that follows `updates_done` updates.
 
@@ -105,6 +106,7 @@ def jagged_cosine(
         min_ratio: The cosine's end.
         start: Updates before injection; they follow the cosine without restarts.
         restart_growth: Growth of the cycles, as in ReLoRAConfig.
+        last_restart: No restart falls later than this step, as for ReLoRA.
 
     Returns:
         A fraction of the peak learning rate, exactly 0 for the first update after a restart.
@@ -113,6 +115,7 @@ def jagged_cosine(
         ConfigError: for arguments out of range, listed all at once.
     """
     violations = _schedule_violations(total_steps, warmup_steps, rewarmup_steps, min_ratio)
+    violations += _calendar_violations(restart_every, restart_growth, start)
     if not 0 <= updates_done <= total_steps:
         violations.append(f"updates_done must be within 0 to {total_steps}, not {updates_done}")
     if violations:
@@ -124,7 +127,9 @@ def jagged_cosine(
         progress = (position - warmup_steps) / max(1, total_steps - warmup_steps)
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    calendar = Calendar(restart_every=restart_every, restart_growth=restart_growth, start=start)
+    calendar = Calendar(
+        restart_every=restart_every, restart_growth=restart_growth, start=start, last_restart=last_restart
+    )
     begun = calendar.cycle_start(updates_done)
     ramped = updates_done - begun
     if 0 < begun <= updates_done and ramped < rewarmup_steps:
@@ -138,6 +143,8 @@ class JaggedCosineLR(LRScheduler):
     Args:
         optimizer: Its groups' learning rates are the peaks.
         total_steps: As for `jagged_cosine`, and so are the others.
+        last_epoch: As for every torch scheduler: updates done, less 1, where a run goes on; the groups must
+            then name their peaks as "initial_lr". -1 starts a run.
 
     Raises:
         ConfigError: for arguments out of range, or a step past `total_steps`.
@@ -154,6 +161,7 @@ class JaggedCosineLR(LRScheduler):
         min_ratio: float = 0.1,
         start: int = 0,
         restart_growth: float = 1.0,
+        last_restart: int | None = None,
         last_epoch: int = -1,
     ) -> None:
         self.total_steps = total_steps
@@ -163,6 +171,7 @@ class JaggedCosineLR(LRScheduler):
         self.min_ratio = min_ratio
         self.start = start
         self.restart_growth = restart_growth
+        self.last_restart = last_restart
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
@@ -176,8 +185,20 @@ class JaggedCosineLR(LRScheduler):
             min_ratio=self.min_ratio,
             start=self.start,
             restart_growth=self.restart_growth,
+            last_restart=self.last_restart,
         )
         return [peak * multiplier for peak in self.base_lrs]
+
+
+def _calendar_violations(restart_every: int, restart_growth: float, start: int) -> list[str]:
+    violations = []
+    if restart_every < 1:
+        violations.append(f"restart_every must be at least 1, not {restart_every}")
+    if not 0 < restart_growth < math.inf:
+        violations.append(f"restart_growth must be above 0 and finite, not {restart_growth}")
+    if start < 0:
+        violations.append(f"start must be at least 0, not {start}")
+    return violations
 
 
 def _schedule_violations(

@@ -11,7 +11,8 @@ import torch
 
 def derived_seed(*parts: str | int) -> int:
     """Return a 63-bit hash of `parts`, the same in every process and on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    spelled = repr(tuple(part if isinstance(part, str) else int(part) for part in parts))
+    digest = hashlib.blake2b(spelled.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -99,11 +99,14 @@ def spectrum(delta: Tensor, *, like: Tensor | None = None) -> Spectrum:
 
     Args:
         delta: (out_features, in_features).
-        like: The weight itself: every merge has rounded it to float32, which puts noise of about
-            eps * |W| * sqrt(out + in) into every singular value. None: the noise of `delta`'s own entries.
+        like: The weight itself: every merge has rounded it to float32, or to its own dtype where that is
+            coarser (a folded bf16 layer), which puts noise of about eps * |W| * sqrt(out + in) into every
+            singular value. None: the noise of `delta`'s own entries.
     """
-    scale = float((delta if like is None else like).abs().max())
-    # float32 rounding has a standard deviation of at most eps * |W| / sqrt(12), and a random matrix of it a
+    rounded = delta if like is None else like
+    eps = max(torch.finfo(torch.float32).eps, torch.finfo(rounded.dtype).eps)
+    scale = float(rounded.abs().max())
+    # Rounding has a standard deviation of at most eps * |W| / sqrt(12), and a random matrix of it a
     # spectral norm of that times sqrt(out) + sqrt(in); the factor 4 leaves room for a hundred merges.
-    noise = 4 * torch.finfo(torch.float32).eps * scale * sum(math.sqrt(side) for side in delta.shape)
+    noise = 4 * eps * scale * sum(math.sqrt(side) for side in delta.shape)
     return Spectrum(singular_values=torch.linalg.svdvals(delta.double()), noise=noise)

@@ -7,7 +7,7 @@ whatever large weight is passed over is named with its reason.
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,6 +19,7 @@ from relora.method.linear import LoRALinear
 from relora.method.master import SUPPORTED_DTYPES
 
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+_DISTRIBUTED_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"})
 _HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "head", "score", "classifier"})
 
 
@@ -61,7 +62,7 @@ def choose_targets(model: nn.Module, config: ReLoRAConfig) -> TargetChoice:
     wanted = [name for name in names if _is_wanted(name, names[name], config, heads)]
     layers = {name: names[name] for name in wanted if reasons.get(name, "not linear") is None}
     if not layers:
-        raise ConfigError(_nothing_to_wrap(reasons, config))
+        raise ConfigError(_nothing_to_wrap(reasons, wanted, config))
     violations = [*_tied(model, layers), *_too_small(layers, config.rank)]
     if violations:
         raise ConfigError.from_violations("inject", violations)
@@ -87,8 +88,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _obstacle(module: nn.Module) -> str | None:
     """Say why a linear-looking layer cannot carry factors; None if it can."""
     weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed by a parametrization"
+    if weight is None or "bias" not in module._parameters:
+        return "its weight or bias is computed by a parametrization"
     if weight.dtype not in SUPPORTED_DTYPES:
         return f"its weight is stored as {weight.dtype}"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
@@ -112,7 +113,9 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
         declared = declare() if callable(declare) else None
         if isinstance(declared, nn.Module):
             heads.append(declared)
-        is_named = name.rpartition(".")[2] in _HEAD_NAMES
+        *path, leaf = name.split(".")
+        # A model has one head: a layer of that name in a numbered block is something else.
+        is_named = leaf in _HEAD_NAMES and not any(part.isdigit() for part in path)
         if looks_linear(module) and (is_named or id(module._parameters.get("weight")) in embeddings):
             heads.append(module)
     return heads
@@ -128,6 +131,9 @@ def _is_wanted(name: str, module: nn.Module, config: ReLoRAConfig, heads: list[n
 
 def _refuse_prepared(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        if type(module).__name__ in _DISTRIBUTED_WRAPPERS:
+            kind = type(module).__name__
+            raise ConfigError(f"inject: {name or 'the model'} is wrapped in {kind} already; inject it before")
         if isinstance(module, LoRALinear):
             raise ConfigError(
                 f"inject: {name or 'the model'} is a LoRALinear already; a model is injected once "
@@ -138,8 +144,6 @@ def _refuse_prepared(model: nn.Module) -> None:
             raise ConfigError(f"inject: {name} is not initialised yet; run one forward pass first")
         if hasattr(parameter, "placements"):
             raise ConfigError(f"inject: {name} is sharded already; call inject before fully_shard")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ConfigError(f"inject: the model is wrapped in {type(model).__name__} already; inject it before")
 
 
 def _tied(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[str]:
@@ -211,11 +215,14 @@ def _unmatched(names: dict[str, nn.Module], config: ReLoRAConfig) -> Iterator[st
             yield pattern
 
 
-def _nothing_to_wrap(reasons: dict[str, str | None], config: ReLoRAConfig) -> str:
+def _nothing_to_wrap(reasons: dict[str, str | None], wanted: list[str], config: ReLoRAConfig) -> str:
     linear = [name for name, reason in reasons.items() if reason is None]
     if not linear:
-        found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has none at all"
+        found = _first(f"{name}: {reason}" for name, reason in reasons.items()) or "it has none at all"
         return f"inject: no linear layer of this model can carry factors ({found})"
+    if blocked := [name for name in wanted if name in reasons]:
+        found = _first(f"{name}: {reasons[name]}" for name in blocked)
+        return f"inject: no target can carry factors ({found})"
     patterns = config.targets if config.targets != ALL_LINEAR else ()
     for pattern in patterns:
         near = [name for name in linear if name.endswith(f".{pattern}")]
@@ -226,8 +233,12 @@ def _nothing_to_wrap(reasons: dict[str, str | None], config: ReLoRAConfig) -> st
                 f"inject: targets {config.targets} match no linear layer; patterns are matched against full "
                 f"names such as {near[0]!r}: did you mean '*{leaf}'?"
             )
-    example = ", ".join(repr(name) for name in linear[:3])
     return (
         f"inject: targets {config.targets!r} less exclude {config.exclude!r} leave no linear layer to wrap; "
-        f"linear layers here are {example}{', ...' if len(linear) > 3 else ''}"
+        f"linear layers here are {_first(map(repr, linear))}"
     )
+
+
+def _first(items: Iterable[str], most: int = 3) -> str:
+    shown = list(items)
+    return "; ".join([*shown[:most], *(["..."] if len(shown) > most else [])])

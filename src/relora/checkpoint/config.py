@@ -1,0 +1,26 @@
+"""CheckpointConfig: how often a run saves, and how many of its checkpoints it keeps."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how long they stay; it may change when a run resumes."""
+
+    every: int = 1000
+    """Steps between two checkpoints; 0 writes one at the last step only. The last step always gets one."""
+    keep_last: int = 3
+    """Newest checkpoints that stay on disk; the last one that verifies is never removed."""
+
+    def violations(self) -> list[str]:
+        """List what is wrong with the values, in words; empty when they can be used."""
+        return [
+            *_whole_number("every", self.every, least=0),
+            *_whole_number("keep_last", self.keep_last, least=1),
+        ]
+
+
+def _whole_number(name: str, value: object, *, least: int) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return [f"{name} must be a whole number, not {value!r}"]
+    return [] if value >= least else [f"{name} must be at least {least}, not {value}"]

@@ -1,0 +1,1 @@
+"""The command line: one small module a verb, torch imported only once a verb runs."""

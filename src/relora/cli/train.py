@@ -1,0 +1,48 @@
+"""`relora train [RECIPE]`: text in, a trained language model out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
+from relora.cli.output import print_json, stdout_for_result
+from relora.train.config import Recipe
+from relora.train.recipe_io import load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(VerbArguments):
+    """Train a model by a recipe: defaults < RECIPE < --section.field value.
+
+    The same command again resumes the run. The defaults shown are those of the recipe named before --help, or
+    else those a recipe starts from.
+    """
+
+    recipe: RecipeName = "quickstart"
+    """Name of a shipped recipe, a TOML file, or a run's folder."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete the run of this name, if there is one, and start anew."""
+    fork: str | None = None
+    """Start a new run of this name from the existing run's newest checkpoint, with the changed recipe."""
+    settings: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
+        default_factory=Recipe
+    )
+
+
+def run(words: Sequence[str]) -> int:
+    """Train, and return the exit code."""
+    others, overrides = split_settings(words)
+    arguments = parse(
+        TrainArguments, others, verb="train", default=TrainArguments(settings=recipe_for_help(others))
+    )
+    recipe = load_recipe(arguments.recipe, overrides)
+    with stdout_for_result(only_json=arguments.json):
+        from relora.train.trainer import fit
+
+        result = fit(recipe, overwrite=arguments.overwrite, fork=arguments.fork)
+    code: int = result.exit_code
+    if arguments.json:
+        print_json({"folder": result.folder, "exit_code": code, **result.summary})
+    return code

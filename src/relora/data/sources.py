@@ -1,0 +1,281 @@
+"""The sources of text: files, JSON lines, Parquet and `datasets`, each a stream of records with their places.
+
+`datasets` reads what comes from the hub, or lies in folders of that shape. Plain local files are read here,
+as it names neither file nor line of what it cannot parse, and cannot count invalid UTF-8. Parquet goes through pyarrow, the reader inside `datasets`, for the same reason.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from relora.data.config import DataConfig
+from relora.data.corpus import Record, Source
+from relora.data.files import find_files, fingerprint_files, open_bytes, reading, stdlib_files
+from relora.errors import DataError
+
+JSONL_SUFFIXES = tuple(
+    kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")
+)
+MIN_BLOCK_BYTES = 2 << 10
+MAX_BLOCK_BYTES = 16 << 10
+_ROWS = 256
+
+
+def open_source(config: DataConfig) -> Source:
+    """Return the source that `config` names; its files are listed, none is read yet.
+
+    Raises:
+        DataError: if there are no such files.
+    """
+    path = config.path or ""
+    if config.source == "python-stdlib":
+        return TextFiles("the Python standard library", stdlib_files(), "file")
+    if config.source == "text":
+        files = find_files(path)
+        unit = config.document
+        if unit == "auto":
+            unit = "block" if files == [Path(path).expanduser()] else "file"
+        return TextFiles(path, files, unit)
+    if config.source == "jsonl":
+        return JsonLines(path, find_files(path, suffixes=JSONL_SUFFIXES), config.text_field)
+    if config.source == "parquet":
+        return ParquetFiles(path, find_files(path, suffixes=(".parquet",)), config.text_field)
+    folder = Path(path).expanduser()
+    return HubDataset(
+        name=str(folder) if folder.is_dir() else path,
+        config_name=config.name,
+        split=config.split,
+        revision=config.revision,
+        text_field=config.text_field,
+        streaming=config.streaming,
+    )
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Text files, plain or compressed: a document is a file, a line, or a block of lines."""
+
+    name: str
+    files: list[Path]
+    unit: Literal["file", "block", "line"]
+
+    def key(self) -> dict[str, object]:
+        """Return the fingerprint of the files and how they are cut."""
+        return {"files": fingerprint_files(self.files), "document": self.unit}
+
+    def records(self) -> Iterator[Record]:
+        """Yield the documents, not decoded yet."""
+        for file in self.files:
+            with reading(file), open_bytes(file) as stream:
+                if self.unit == "file":
+                    yield Record(stream.read(), str(file))
+                elif self.unit == "line":
+                    for number, line in enumerate(stream, start=1):
+                        yield Record(line.rstrip(b"\r\n"), f"{file}:{number}")
+                else:
+                    for offset, block in _blocks(stream.read):
+                        yield Record(block, f"{file} at byte {offset}")
+
+
+def _blocks(read: Callable[[int], bytes]) -> Iterator[tuple[int, bytes]]:
+    """Cut a byte stream into (offset, block), each MIN to MAX bytes long but the last.
+
+    A block ends after a blank line, failing that after the last line, or space, or whole UTF-8 character
+    within reach. Text that is appended changes no block before the last, so none changes sides.
+    """
+    offset = 0
+    buffer = read(MAX_BLOCK_BYTES)
+    while buffer:
+        end = _block_end(buffer)
+        yield offset, buffer[:end]
+        offset += end
+        buffer = buffer[end:]
+        while len(buffer) < MAX_BLOCK_BYTES and (more := read(MAX_BLOCK_BYTES - len(buffer))):
+            buffer += more
+
+
+def _block_end(buffer: bytes) -> int:
+    blank = buffer.find(b"\n\n", MIN_BLOCK_BYTES)
+    if blank >= 0:
+        return blank + 2
+    if len(buffer) < MAX_BLOCK_BYTES:
+        return len(buffer)
+    for end in (b"\n", b" "):
+        found = buffer.rfind(end, MIN_BLOCK_BYTES)
+        if found >= 0:
+            return found + 1
+    end_of_character = len(buffer)
+    while end_of_character > MIN_BLOCK_BYTES and buffer[end_of_character - 1] & 0xC0 == 0x80:
+        end_of_character -= 1
+    starts_wide = buffer[end_of_character - 1] >= 0xC0
+    return end_of_character - 1 if starts_wide else len(buffer)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """JSON lines, plain, gzip or zstd: one object a line, its text in one field."""
+
+    name: str
+    files: list[Path]
+    text_field: str
+
+    def key(self) -> dict[str, object]:
+        """Return the fingerprint of the files and the field that is read."""
+        return {"files": fingerprint_files(self.files), "text_field": self.text_field}
+
+    def records(self) -> Iterator[Record]:
+        """Yield the texts, blank lines passed over."""
+        for file in self.files:
+            with reading(file), open_bytes(file) as stream:
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        place = f"{file}:{number}"
+                        yield Record(self._text(line, place), place)
+
+    def _text(self, line: bytes, place: str) -> str | None:
+        try:
+            # Bad bytes travel through the parser as lone surrogates, to meet the policy if the text has them.
+            value = json.loads(line.decode("utf-8-sig", errors="surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place} is not one JSON object ({error}): each line must be one; mend or remove it"
+            ) from error
+        if not isinstance(value, dict):
+            raise DataError(f"{place} is not a JSON object but a {type(value).__name__}: mend or remove it")
+        return _checked_text(value, self.text_field, place)
+
+
+def _checked_text(record: dict[str, object], text_field: str, place: str) -> str | None:
+    if text_field not in record:
+        raise DataError(
+            f"{place} has no field {text_field!r}, but {', '.join(record) or 'none'}: set data.text_field, "
+            "or mend the line"
+        )
+    text = record[text_field]
+    if text is None or isinstance(text, str):
+        return text
+    raise DataError(
+        f"{place}: field {text_field!r} is a {type(text).__name__}, not text: set data.text_field to another"
+    )
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Parquet files, one column read, a few rows at a time."""
+
+    name: str
+    files: list[Path]
+    text_field: str
+
+    def key(self) -> dict[str, object]:
+        """Return the fingerprint of the files and the column that is read."""
+        return {"files": fingerprint_files(self.files), "text_field": self.text_field}
+
+    def records(self) -> Iterator[Record]:
+        """Yield the column's values, row by row."""
+        pyarrow: Any = import_module("pyarrow")
+        for file in self.files:
+            try:
+                yield from self._rows(file)
+            except pyarrow.ArrowException as error:
+                raise DataError(f"{file} is not a readable Parquet file: {_one_line(error)}") from error
+
+    def _rows(self, file: Path) -> Iterator[Record]:
+        parquet: Any = import_module("pyarrow.parquet")
+        row = 0
+        with reading(file), parquet.ParquetFile(file) as table:
+            require_column(table.schema_arrow.names, self.text_field, str(file))
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[self.text_field]):
+                for text in column_bytes(batch.column(0), f"{file}, column {self.text_field!r}"):
+                    row += 1
+                    yield Record(text, f"{file} row {row}")
+
+
+def require_column(names: list[str], text_field: str, place: str) -> None:
+    """Raise DataError if `text_field` is not among the columns of a table."""
+    if text_field not in names:
+        raise DataError(
+            f"{place} has no column {text_field!r}: set data.text_field to one of {', '.join(names)}"
+        )
+
+
+def column_bytes(column: Any, place: str) -> list[bytes | None]:
+    """Return an Arrow column of text as bytes, so that invalid UTF-8 meets our policy, not Arrow's.
+
+    Raises:
+        DataError: if the column is not text.
+    """
+    pyarrow: Any = import_module("pyarrow")
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = str(column.type)
+    if kind not in {"string", "large_string", "string_view", "binary", "large_binary", "null"}:
+        raise DataError(f"{place} is of type {kind}, not text: set data.text_field to another column")
+    values: list[bytes | None] = column.cast(pyarrow.large_binary()).to_pylist()
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset:
+    """A dataset of the Hugging Face hub, or a local folder of the same shape, read by `datasets`."""
+
+    name: str
+    config_name: str | None
+    split: str
+    revision: str | None
+    text_field: str
+    streaming: bool
+
+    def key(self) -> dict[str, object]:
+        """Return the names that choose the data; a local folder is known by its content instead."""
+        folder = Path(self.name)
+        local: dict[str, object] = {"path": self.name}
+        if folder.is_dir():
+            local = {"files": fingerprint_files(find_files(self.name))}
+        chosen = {"name": self.config_name, "split": self.split, "revision": self.revision}
+        return {**local, **chosen, "text_field": self.text_field}
+
+    def records(self) -> Iterator[Record]:
+        """Yield the texts, row by row."""
+        row = 0
+        for table in self._tables():
+            require_column(table.column_names, self.text_field, self.name)
+            for text in column_bytes(table.column(self.text_field), f"{self.name}, {self.text_field!r}"):
+                row += 1
+                yield Record(text, f"{self.name} row {row}")
+
+    def _tables(self) -> Iterator[Any]:
+        # `datasets` lets the errors of every reader and network library it uses through as they are; hence
+        # Exception, around its calls only.
+        try:
+            datasets: Any = import_module("datasets")
+            dataset = datasets.load_dataset(
+                self.name,
+                self.config_name,
+                split=self.split,
+                revision=self.revision,
+                streaming=self.streaming,
+            )
+            tables = iter(dataset.with_format("arrow").iter(batch_size=_ROWS))
+        except Exception as error:
+            raise DataError(
+                f"dataset {self.name!r} (name {self.config_name!r}, split {self.split!r}) cannot be loaded: "
+                f"{_one_line(error)}: check data.path, data.name, data.split and the network"
+            ) from error
+        while True:
+            try:
+                table = next(tables, None)
+            except Exception as error:
+                raise DataError(
+                    f"dataset {self.name!r}, split {self.split!r}, cannot be read on: {_one_line(error)}"
+                ) from error
+            if table is None:
+                return
+            yield table
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

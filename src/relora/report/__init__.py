@@ -1,0 +1,1 @@
+"""A run's files, made into one self-contained HTML page."""

@@ -1,0 +1,1 @@
+"""The trainer: recipes, the loop, and what is done with its runs."""

@@ -1,0 +1,151 @@
+"""A run in one value: the sections of a recipe, each right by itself and all of them together.
+
+Sections stand beside their owners and say what is wrong with them (`violations`); a `Recipe` that exists has
+no violation in it, nor between its sections.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from relora.checkpoint.config import CheckpointConfig
+from relora.data.config import DataConfig
+from relora.errors import ConfigError
+from relora.log.config import LogConfig
+from relora.method.config import ALL_LINEAR
+from relora.train.architecture import ModelConfig
+from relora.train.checks import section_violations, type_problems, unmet
+from relora.train.sections import (
+    DistributedConfig,
+    EvalConfig,
+    OptimConfig,
+    ReLoRASection,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "SECTIONS",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ReLoRASection",
+    "Recipe",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run is made of.
+
+    Raises:
+        ConfigError: listing every violation of every section, and between sections, at once.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    relora: ReLoRASection = field(default_factory=ReLoRASection)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        sections = vars(self)
+        violations = section_violations(sections)
+        if not any(type_problems(section) for section in sections.values()):
+            violations += self._cross_violations()
+        if violations:
+            raise ConfigError.from_violations("recipe", violations)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a step, over all devices."""
+        return self.train.batch_size * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run: train.steps, or as many whole ones as train.tokens pays for."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return (self.train.tokens or 0) // self.tokens_per_step
+
+    @property
+    def switch_step(self) -> int | None:
+        """The step after which the model trains at low rank (0: from the first), or None if it never does."""
+        return None if self.run.method == "full" else self.relora.warm_start_steps
+
+    def _cross_violations(self) -> list[str]:
+        """Check sections against each other, as far as each can be compared."""
+        low_rank = self.run.method != "full"
+        return [
+            *self._length_violations(),
+            *self._position_violations(),
+            *(self._rank_violations() if low_rank else []),
+        ]
+
+    def _length_violations(self) -> list[str]:
+        """Compare the phases of the run with its length."""
+        given = self.train.steps if self.train.steps is not None else self.train.tokens
+        if given is None or given < 1 or self.tokens_per_step < 1:
+            return []
+        steps = self.total_steps
+        if steps < 1:
+            return [f"train.tokens must be at least the {self.tokens_per_step} of one step, not {given}"]
+        warm_start, cycle = self.relora.warm_start_steps, self.relora.restart_every
+        warmup, rewarmup = self.schedule.warmup_steps, self.schedule.rewarmup_steps
+        low_rank = self.run.method != "full"
+        restarts = self.run.method == "relora" and warm_start < steps
+        length = f"the {steps} steps of the run"
+        return unmet(
+            (warmup < steps, f"schedule.warmup_steps must be less than {length}, not {warmup}"),
+            (
+                warm_start < steps or not low_rank,
+                f"relora.warm_start_steps must be less than {length}, not {warm_start}",
+            ),
+            (
+                cycle <= steps - warm_start or not restarts,
+                f"relora.restart_every must be at most the {steps - warm_start} steps of the low-rank phase, "
+                f"not {cycle}",
+            ),
+            (
+                rewarmup <= cycle or not restarts,
+                f"schedule.rewarmup_steps must be at most relora.restart_every {cycle}, not {rewarmup}",
+            ),
+        )
+
+    def _position_violations(self) -> list[str]:
+        sizes = self.model.architecture
+        if sizes is None or self.data.seq_len <= sizes.max_position_embeddings:
+            return []
+        most = f"model.max_position_embeddings {sizes.max_position_embeddings}"
+        return [f"data.seq_len must be at most {most}, not {self.data.seq_len}"]
+
+    def _rank_violations(self) -> list[str]:
+        """Compare the rank with the layers known from the recipe; `inject` looks at the layers themselves."""
+        sizes = self.model.architecture
+        if sizes is None:
+            return []
+        sides = {"hidden_size": sizes.hidden_size}
+        if self.relora.targets == ALL_LINEAR:
+            sides["intermediate_size"] = sizes.intermediate_size
+        name, side = min(sides.items(), key=lambda item: item[1])
+        if side < 1 or self.relora.rank < side:
+            return []
+        reason = f"every target layer has a side of model.{name} {side}"
+        return [f"relora.rank must be less than {side}, not {self.relora.rank}: {reason}"]
+
+
+SECTIONS: dict[str, Any] = {part.name: part.type for part in fields(Recipe)}
+"""The section classes of a recipe by name, in the order in which they are written."""

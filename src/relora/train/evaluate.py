@@ -1,0 +1,131 @@
+"""Held-out loss, perplexity and bits per byte, weighted by tokens; in training and of any saved model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from relora.data.batches import heldout_batches
+from relora.data.config import DataConfig
+from relora.data.prepare import PreparedData, prepare
+from relora.train.parallel import Processes, processes
+from relora.train.precision import Resolved, autocast
+from relora.train.saved import load_saved
+from relora.train.step import language_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well a model predicts text it has not seen."""
+
+    loss: float
+    """Mean next-token loss in nats."""
+    num_tokens: int
+    """Predicted tokens."""
+    bytes_per_token: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text, which models with different tokenizers can be compared by."""
+        return self.loss / math.log(2) / self.bytes_per_token
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return the figures under their names in metrics.jsonl."""
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/bits_per_byte": self.bits_per_byte,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: PreparedData,
+    processes: Processes,
+    *,
+    seq_len: int,
+    batch_size: int,
+    sequences: int,
+    precision: Resolved,
+) -> Evaluation:
+    """Measure a model on the first held-out sequences; ranks take batches in turn.
+
+    Args:
+        model: Plain or injected, on this rank's device.
+        data: Its held-out tokens.
+        processes: This rank among its peers.
+        seq_len: Tokens in a sequence; each predicts all but its first.
+        batch_size: Sequences at once.
+        sequences: How many at most.
+        precision: Of the matrix products.
+    """
+    was_training = model.training
+    model.eval()
+    batches = heldout_batches(
+        data.heldout_tokens, seq_len=seq_len, batch_size=batch_size, num_sequences=sequences
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    for index, batch in enumerate(batches):
+        if index % processes.world_size != processes.rank:
+            continue
+        with autocast(precision, processes.device):
+            loss = language_loss(model, batch.to(processes.device))
+        predicted = batch.shape[0] * (batch.shape[1] - 1)
+        sums += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64, device=sums.device)
+    model.train(was_training)
+    total, count = processes.sum(sums).tolist()
+    return Evaluation(loss=total / count, num_tokens=int(count), bytes_per_token=data.bytes_per_token)
+
+
+def evaluate_path(
+    path: Path, *, data: Mapping[str, Any] | None = None, sequences: int | None = None
+) -> dict[str, Any]:
+    """Measure a run, a checkpoint or a Hugging Face folder.
+
+    Args:
+        path: What to measure.
+        data: Fields of [data] to set otherwise. For a run they change its recipe's; for a folder they
+            change the defaults, and the tokenizer is the folder's own.
+        sequences: How many held-out sequences; None means the run's eval.sequences, or all for a folder.
+
+    Returns:
+        The metrics, and what they were measured on.
+    """
+    saved = load_saved(path)
+    base = DataConfig() if saved.recipe is None else saved.recipe.data
+    # The model's own tokenizer, never a newly trained one: its embeddings know no other.
+    config = replace(base, **{"tokenizer": str(saved.tokenizer_folder), **(data or {})})
+    prepared = prepare(config)
+    if sequences is None:
+        recipe = saved.recipe
+        sequences = len(prepared.heldout_tokens) if recipe is None else recipe.eval.sequences
+    batch_size = 8 if saved.recipe is None else saved.recipe.train.micro_batch_size
+    with processes("auto") as here:
+        result = evaluate(
+            saved.model.to(here.device),
+            prepared,
+            here,
+            seq_len=config.seq_len,
+            batch_size=batch_size,
+            sequences=sequences,
+            precision="fp32",
+        )
+    tokens = np.asarray(prepared.heldout_tokens).size
+    return {
+        **result.as_metrics(),
+        "path": str(path),
+        "step": saved.step,
+        "tokens_measured": result.num_tokens,
+        "tokens_heldout": int(tokens),
+    }

@@ -1,0 +1,34 @@
+"""`relora export`: a run's model, merged and plain, for everybody else's tools."""
+
+import json
+import tomllib
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from relora.checkpoint.export import export_folder, model_card
+from relora.errors import ConfigError
+from relora.train.recipe_io import recipe_toml
+from relora.train.run_folder import SUMMARY
+from relora.train.saved import load_saved
+
+
+def export_run(run: Path, out: Path, *, step: int | None = None) -> Path:
+    """Write a run's model as a folder that stock `transformers` loads.
+
+    Args:
+        run: The run's folder, or one of its checkpoints.
+        out: Folder to write; it must not exist.
+        step: Checkpoint to export; None means the newest valid one.
+
+    Returns:
+        `out`.
+    """
+    saved = load_saved(run, step=step)
+    if saved.recipe is None or saved.run is None:
+        raise ConfigError(f"export: {run} is a model folder already, not a run")
+    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer_folder)
+    summary_file = saved.run / SUMMARY
+    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {"step": saved.step}
+    card = model_card(tomllib.loads(recipe_toml(saved.recipe)), summary)
+    return export_folder(saved.model, tokenizer, out, card=card)

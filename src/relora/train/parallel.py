@@ -1,0 +1,104 @@
+"""The processes of a run: one alone, or several under torchrun with DDP.
+
+The only place besides the command line that reads the environment. A collective is run by every rank or none.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from relora.errors import ConfigError
+from relora.train.sections import Strategy
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process and its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def strategy(self) -> str:
+        """How the work is shared, for the summary."""
+        return "single" if self.world_size == 1 else "ddp"
+
+    def wrap_for_training(self, model: nn.Module, *, compile_it: bool) -> nn.Module:
+        """Return what forward and backward go through; gradients are averaged over ranks in it."""
+        wrapped = cast(nn.Module, torch.compile(model)) if compile_it else model
+        if self.world_size == 1:
+            return wrapped
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
+
+    def main_first(self, action: Callable[[], Result]) -> Result:
+        """Do something on the main process, then on the others, which find its files."""
+        if self.is_main:
+            result = action()
+            self.barrier()
+            return result
+        self.barrier()
+        return action()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether a flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def without_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which a backward pass leaves gradients local: all but the last micro step."""
+        if self.world_size == 1:
+            return nullcontext()
+        return cast(AbstractContextManager[None], cast(DistributedDataParallel, model).no_sync())
+
+
+@contextmanager
+def processes(strategy: Strategy) -> Iterator[Processes]:
+    """Join the processes that torchrun started, or run alone; leave them at the end.
+
+    Raises:
+        ConfigError: for a strategy that is not available.
+    """
+    if strategy == "fsdp":
+        raise ConfigError('distributed.strategy "fsdp" is not supported yet: use "ddp", or "auto"')
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    has_cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if has_cuda else "gloo")
+    try:
+        yield Processes(rank=rank, world_size=world_size, device=device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

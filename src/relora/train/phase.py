@@ -1,0 +1,175 @@
+"""The two phases of a run, and the switch between them.
+
+At full rank AdamW trains every weight. At the switch the target weights freeze, their gradients and states
+are freed, and a new AdamW trains the factors beside what stays at full rank, each with its own learning rate.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from relora.method.config import ReLoRAConfig
+from relora.method.inject import InjectReport, inject, lora_parameters
+from relora.method.restart import ReLoRA
+from relora.method.schedule import Calendar, jagged_cosine
+from relora.train.config import Recipe
+
+PhaseName = Literal["full", "warm_start", "low_rank"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """When the switch and the restarts fall, and the learning rate of each step."""
+
+    recipe: Recipe
+
+    @property
+    def switch_step(self) -> int | None:
+        """The last step of the warm start; 0 starts cold, None never switches."""
+        return self.recipe.switch_step
+
+    @property
+    def restart_steps(self) -> tuple[int, ...]:
+        """The steps after which a restart happens."""
+        last = self._last_restart
+        return tuple(step for step in self._all_restarts if last is None or step <= last)
+
+    @property
+    def skipped_restarts(self) -> tuple[int, ...]:
+        """Restarts left out because the run ends before their re-warm would."""
+        return tuple(step for step in self._all_restarts if step not in self.restart_steps)
+
+    def multiplier(self, step: int) -> float:
+        """Return the learning rate of a step, as a fraction of its peak."""
+        recipe, start = self.recipe, self.switch_step
+        return jagged_cosine(
+            step - 1,
+            total_steps=recipe.total_steps,
+            warmup_steps=recipe.schedule.warmup_steps,
+            restart_every=self._restart_every,
+            rewarmup_steps=0 if start is None else recipe.schedule.rewarmup_steps,
+            min_ratio=recipe.schedule.min_ratio,
+            start=start or 0,
+            restart_growth=recipe.relora.restart_growth,
+            last_restart=self._last_restart,
+        )
+
+    def phase(self, step: int) -> PhaseName:
+        """Return the phase that a step belongs to."""
+        if self.switch_step is None:
+            return "full"
+        return "warm_start" if step <= self.switch_step else "low_rank"
+
+    def restarter(self, model: nn.Module, optimizer: AdamW) -> ReLoRA | None:
+        """Return what restarts an injected model; None for a method that does not."""
+        if self.recipe.run.method != "relora":
+            return None
+        return ReLoRA(
+            model,
+            optimizer,
+            method_config(self.recipe),
+            seed=self.recipe.run.seed,
+            start=self.switch_step or 0,
+            end=self.recipe.total_steps,
+            last_restart=self._last_restart,
+        )
+
+    @property
+    def _restart_every(self) -> int:
+        """The cycle's length; for plain LoRA the whole run is one."""
+        return self.recipe.relora.restart_every if self._restarts else self.recipe.total_steps
+
+    @property
+    def _restarts(self) -> bool:
+        return self.recipe.run.method == "relora"
+
+    @property
+    def _all_restarts(self) -> tuple[int, ...]:
+        if not self._restarts:
+            return ()
+        return Calendar(
+            restart_every=self._restart_every,
+            restart_growth=self.recipe.relora.restart_growth,
+            start=self.switch_step or 0,
+            end=self.recipe.total_steps,
+        ).restarts_until(self.recipe.total_steps)
+
+    @property
+    def _last_restart(self) -> int | None:
+        """No restart falls later than this, so that every re-warm ends before the run does."""
+        rewarmup = self.recipe.schedule.rewarmup_steps
+        return self.recipe.total_steps - rewarmup - 1 if rewarmup else None
+
+
+def method_config(recipe: Recipe) -> ReLoRAConfig:
+    """Return the method's own part of the [relora] section."""
+    fields = {name: getattr(recipe.relora, name) for name in ReLoRAConfig.__dataclass_fields__}
+    return ReLoRAConfig(**fields)
+
+
+def inject_factors(model: nn.Module, recipe: Recipe) -> InjectReport:
+    """Switch a model to low rank; its seeds are the run's."""
+    return inject(model, method_config(recipe), seed=recipe.run.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and the peak learning rate of each of its groups."""
+
+    adamw: AdamW
+    peaks: tuple[float, ...]
+
+    def set_multiplier_(self, multiplier: float) -> None:
+        """Set every group's learning rate to a fraction of its peak."""
+        for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * multiplier
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group: the factors', or the matrices' at full rank."""
+        return float(self.adamw.param_groups[0]["lr"])
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, phase: PhaseName) -> Optimizer:
+    """Build AdamW over what trains in a phase: factors first, then matrices, then vectors.
+
+    Weight decay acts on matrices that train at full rank; never on factors, where it would shrink the delta
+    instead of the weight, nor on norms and biases.
+    """
+    optim = recipe.optim
+    factors = {id(parameter) for _, parameter in lora_parameters(model)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trained if id(parameter) not in factors]
+    rest_lr = optim.low_rank_lr_in_force if phase == "low_rank" else optim.lr
+    groups = [
+        ([p for p in trained if id(p) in factors], optim.factor_lr_in_force, 0.0),
+        ([p for p in rest if p.ndim >= 2], rest_lr, optim.weight_decay),
+        ([p for p in rest if p.ndim < 2], rest_lr, 0.0),
+    ]
+    kept = [group for group in groups if group[0]]
+    adamw = AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in kept],
+        betas=optim.betas,
+        fused=True if trained[0].device.type in ("cuda", "cpu") else None,
+    )
+    return Optimizer(adamw=adamw, peaks=tuple(lr for _, lr, _ in kept))
+
+
+def free_gradients_(model: nn.Module) -> None:
+    """Drop every gradient, so that the switch does not carry the full-rank ones along."""
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Count a model's parameters, or those of them that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def state_bytes(optimizer: AdamW) -> int:
+    """Return the bytes of an optimizer's state tensors."""
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))

@@ -1,0 +1,132 @@
+"""What a run tells: metrics and restarts as files, progress on the screen, a report at the end.
+
+Only the main process of a run speaks; on the others every call does nothing.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relora.data.prepare import PreparedData
+from relora.log.console import Console
+from relora.log.jsonl import JsonlSink
+from relora.log.sinks import Sink, make_sinks
+from relora.method.inject import InjectReport
+from relora.method.restart import RestartReport
+from relora.train.parallel import Processes
+from relora.train.phase import Plan, num_parameters
+from relora.train.run_folder import RESTARTS, SUMMARY, OpenedRun
+from relora.train.state import RunState
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a finished run, or None."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+class Reporter:
+    """Logs of a run that is training."""
+
+    def __init__(self, opened: OpenedRun, plan: Plan, state: RunState, here: Processes) -> None:
+        self._opened, self._plan, self._state = opened, plan, state
+        self._sinks: list[Sink] = []
+        self._restarts: JsonlSink | None = None
+        self._console: Console | None = None
+        self._seen_tokens, self._seen_s = state.progress.tokens, time.perf_counter()
+        if not here.is_main:
+            return
+        step = state.progress.step
+        self._console = Console(
+            total_steps=opened.recipe.total_steps,
+            start_step=step,
+            switch_step=plan.switch_step or None,
+            restart_steps=plan.restart_steps,
+        )
+        for note in opened.notes:
+            self._console.say(note)
+        log = opened.recipe.log
+        self._sinks = make_sinks(log, opened.folder, opened.recipe.run.name, resume_after=step)
+        self._restarts = JsonlSink(opened.folder / RESTARTS)
+        self._restarts.truncate_after(step)
+
+    def begin(self, data: PreparedData, precision: str) -> None:
+        """Say what will be trained, and when the restarts fall."""
+        recipe, model = self._opened.recipe, self._state.model
+        self.say(
+            f"{recipe.run.method}: {num_parameters(model) / 1e6:.1f} M parameters, {recipe.total_steps} steps of "
+            f"{recipe.tokens_per_step} tokens, {precision}"
+        )
+        self.say(
+            f"data: {len(data.train_tokens) / 1e6:.1f} M training and {len(data.heldout_tokens) / 1e6:.2f} M "
+            f"held-out tokens, {data.bytes_per_token:.2f} bytes each"
+        )
+        for step in self._plan.skipped_restarts:
+            self.say(f"no restart after step {step}: the run would end before its re-warm does")
+        for step in self._plan.restart_steps[-1:]:
+            self.say(f"{len(self._plan.restart_steps)} restarts, the last after step {step}")
+
+    def say(self, text: str) -> None:
+        """Write a line that stays on the screen."""
+        if self._console is not None:
+            self._console.say(text)
+
+    def step(self, restart: RestartReport | None) -> None:
+        """Move on by a step, and keep what its restart did."""
+        if self._console is None or self._restarts is None:
+            return
+        self._console.advance(self._state.progress.step)
+        if restart is not None:
+            self._restarts.log(restart.as_dict())
+            self._console.restart(restart.as_dict())
+
+    def record(self, *, grad_norm: float, is_evaluated: bool) -> None:
+        """Log the steps since the last record, and begin the next one."""
+        progress = self._state.progress
+        now = time.perf_counter()
+        record = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "train/loss": progress.loss_sum / progress.loss_steps,
+            "lr": self._state.optimizer.lr,
+            "grad_norm": grad_norm,
+            "tokens_per_s": (progress.tokens - self._seen_tokens) / (now - self._seen_s),
+            "restart_index": progress.restarts,
+            "phase": self._state.phase,
+            **(progress.evaluated if is_evaluated else {}),
+        }
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        self._seen_tokens, self._seen_s = progress.tokens, time.perf_counter()
+        for sink in self._sinks:
+            sink.log(record)
+        if self._console is not None:
+            self._console.log(record)
+
+    def switched(self, report: InjectReport) -> None:
+        """Say that the model trains at low rank from here."""
+        if self._console is None:
+            return
+        perplexity = (self._state.progress.switch or {}).get("eval/perplexity")
+        self._console.switch(self._state.progress.step, heldout_perplexity=perplexity)
+        self._console.say(str(report))
+
+    def close(self) -> None:
+        """Close every file and the display; more than once does no harm."""
+        if self._console is not None:
+            self._console.close()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+        if self._restarts is not None:
+            self._restarts.close()
+            self._restarts = None
+
+    @staticmethod
+    def preparing(here: Processes) -> Callable[[str, int], None] | None:
+        """Return what shows the progress of data preparation."""
+        return None

@@ -1,0 +1,101 @@
+"""Open a trained model, wherever it is: a run's folder, one of its checkpoints, or a Hugging Face folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from relora.checkpoint.store import LoadedCheckpoint, latest_valid, load_checkpoint
+from relora.errors import CheckpointError, ConfigError
+from relora.method.inject import fold
+from relora.train.config import Recipe
+from relora.train.model import build_model
+from relora.train.phase import inject_factors
+from relora.train.recipe_io import load_recipe
+
+RECIPE = "recipe.toml"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+MODEL_CONFIG = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A model read back, plain and in eval mode on the CPU."""
+
+    model: PreTrainedModel
+    tokenizer_folder: Path
+    recipe: Recipe | None
+    """None for a Hugging Face folder."""
+    step: int | None
+    run: Path | None
+
+
+def load_saved(path: Path, *, step: int | None = None) -> SavedModel:
+    """Read a model.
+
+    Args:
+        path: A run's folder (its newest valid checkpoint is taken), RUN/checkpoints/step-00001000, or a
+            folder in Hugging Face form.
+        step: Which checkpoint of a run.
+
+    Raises:
+        ConfigError: if `path` is none of these.
+        CheckpointError: if the run has no (such) valid checkpoint.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder: give a run, a checkpoint or a model folder")
+    if (path / RECIPE).is_file():
+        return _from_run(path, _checkpoint_of(path, step))
+    if path.parent.name == CHECKPOINTS and (path.parent.parent / RECIPE).is_file():
+        return _from_run(path.parent.parent, load_checkpoint(path))
+    if (path / "config.json").is_file():
+        return _from_folder(path)
+    raise ConfigError(f"{path} holds neither {RECIPE} (a run) nor config.json (a Hugging Face model)")
+
+
+def _checkpoint_of(run: Path, step: int | None) -> LoadedCheckpoint:
+    root = run / CHECKPOINTS
+    if step is not None:
+        return load_checkpoint(root / f"step-{step:08d}")
+    newest, problems = latest_valid(root)
+    if newest is None:
+        found = f": {'; '.join(problems)}" if problems else " yet: the first is written at checkpoint.every"
+        raise CheckpointError(f"{run} has no valid checkpoint{found}")
+    return load_checkpoint(newest)
+
+
+def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
+    recipe = load_recipe(run)
+    model = empty_model(run)
+    if checkpoint.state["phase"] == "low_rank":
+        inject_factors(model, recipe)
+    model.load_state_dict(checkpoint.tensors["model"])
+    if checkpoint.state["phase"] == "low_rank":
+        fold(model)
+    return SavedModel(
+        model=model.eval(),
+        tokenizer_folder=run / TOKENIZER,
+        recipe=recipe,
+        step=checkpoint.step,
+        run=run,
+    )
+
+
+def empty_model(run: Path) -> PreTrainedModel:
+    """Build a run's plain model from the configuration it saved, weights still to be loaded."""
+    config = AutoConfig.from_pretrained(run / MODEL_CONFIG)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _from_folder(folder: Path) -> SavedModel:
+    from relora.train.architecture import ModelConfig
+
+    model = build_model(
+        ModelConfig(preset=None, init_from=str(folder)), vocab_size=0, eos_token_id=0, seed=0
+    )
+    return SavedModel(model=model.eval(), tokenizer_folder=folder, recipe=None, step=None, run=None)
+
+

@@ -1,0 +1,102 @@
+"""What came out of a run: summary.json, with the rank that was learned and a sample of text."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from relora.checkpoint.store import load_checkpoint
+from relora.log.files import replacing
+from relora.method.linear import LoRALinear
+from relora.method.spectrum import function_weights, spectra
+from relora.train.generate import generate
+from relora.train.parallel import Processes
+from relora.train.phase import Plan, num_parameters, state_bytes
+from relora.train.run_folder import SUMMARY, OpenedRun
+from relora.train.saved import TOKENIZER
+from relora.train.state import RunState, versions
+
+_SAMPLE_TOKENS = 96
+# Singular values of all layers take about this many multiplications at most: seconds, not minutes.
+_SPECTRUM_BUDGET = 3e11
+
+
+def summarise(opened: OpenedRun, state: RunState, plan: Plan, here: Processes) -> dict[str, Any]:
+    """Measure a finished run and write its summary.json."""
+    recipe, progress = opened.recipe, state.progress
+    summary = {
+        "method": recipe.run.method,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "parameters_total": num_parameters(state.model),
+        "parameters_trainable": num_parameters(state.model, trainable=True),
+        "optimizer_bytes": state_bytes(state.optimizer.adamw),
+        **progress.evaluated,
+        "wall_s": progress.wall_s,
+        "tokens_per_s": progress.tokens / progress.wall_s,
+        "peak_memory_bytes": peak_memory_bytes(here.device),
+        "restarts": progress.restarts,
+        "world_size": here.world_size,
+        "strategy": here.strategy,
+        "versions": versions(),
+        "switch": progress.switch,
+        "ranks": _ranks(opened, state, plan),
+        "sample": _sample(opened, state),
+    }
+    with replacing(opened.folder / SUMMARY) as file:
+        file.write(json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory used: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _ranks(opened: OpenedRun, state: RunState, plan: Plan) -> dict[str, float] | None:
+    """Return the rank of what was learned since the switch; None where nothing compares, or it costs much."""
+    layers = {m.name: m for m in state.model.modules() if isinstance(m, LoRALinear)}
+    cost = sum(m.weight.numel() * min(m.weight.shape) for m in layers.values())
+    if not layers or cost > _SPECTRUM_BUDGET:
+        return None
+    start = _weights_at_switch(opened.checkpoints / f"step-{plan.switch_step or 0:08d}", layers)
+    if start is None:
+        return None
+    changes = spectra(start, function_weights(state.model)).values()
+    return {
+        "one_cycle": opened.recipe.relora.rank,
+        "learned": median(change.rank for change in changes),
+        "effective": median(change.effective_rank for change in changes),
+        "largest": median(min(layer.weight.shape) for layer in layers.values()),
+    }
+
+
+def _weights_at_switch(checkpoint: Path, layers: dict[str, LoRALinear]) -> dict[str, Tensor] | None:
+    if not checkpoint.is_dir():
+        return None
+    saved = load_checkpoint(checkpoint).tensors["model"]
+    weights = {name: saved[f"{name}.weight"] for name in layers}
+    return {name: w.T if layers[name].is_transposed else w for name, w in weights.items()}
+
+
+def _sample(opened: OpenedRun, state: RunState) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(opened.folder / TOKENIZER)
+    model = cast(PreTrainedModel, state.model)
+    room = model.config.max_position_embeddings - 1
+    return generate(
+        model,
+        tokenizer,
+        prompt="",
+        max_new_tokens=min(_SAMPLE_TOKENS, room),
+        temperature=0.8,
+        seed=opened.recipe.run.seed,
+    )

@@ -1,0 +1,197 @@
+"""The training loop: `fit` opens a run, `Trainer.run` takes it from wherever it is to its last step."""
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora.checkpoint.store import load_checkpoint, retire
+from relora.data.batches import TokenBatches
+from relora.data.prepare import PreparedData, prepare
+from relora.errors import ConfigError, OptimizerResetError
+from relora.method.restart import RestartReport
+from relora.train.config import Recipe
+from relora.train.evaluate import evaluate
+from relora.train.parallel import Processes, processes
+from relora.train.phase import Plan
+from relora.train.precision import resolve_precision
+from relora.train.reporting import Reporter, read_summary
+from relora.train.run_folder import OpenedRun, open_run
+from relora.train.setup import at_low_rank, build_state, save_model_files
+from relora.train.signals import StopRequest, stop_on_signals
+from relora.train.state import restore_state_, save_state
+from relora.train.step import StepResult, train_step_
+from relora.train.summary import summarise
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `fit` ended."""
+
+    folder: Path
+    summary: dict[str, Any]
+    """As summary.json; empty if training was stopped before its last step."""
+    exit_code: int
+    """0, or 130 or 143 after SIGINT or SIGTERM."""
+    was_finished: bool = False
+    """Whether there was nothing left to train."""
+
+
+def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> TrainResult:
+    """Train by a recipe, from step 0 or from the newest checkpoint of its folder.
+
+    Args:
+        recipe: The run.
+        overwrite: Remove the run that is there first.
+        fork: Name of a new run to begin from this one's newest checkpoint.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, NonFiniteError: each with cause, place and remedy; what is on
+            disk stays.
+    """
+    with processes(recipe.distributed.strategy) as here:
+        share = recipe.train.micro_batch_size * here.world_size
+        if recipe.train.batch_size % share:
+            raise ConfigError(
+                f"train.batch_size {recipe.train.batch_size} must be a multiple of train.micro_batch_size "
+                f"times the {here.world_size} processes, {share}"
+            )
+        opened = here.main_first(lambda: open_run(recipe, overwrite=overwrite, fork=fork))
+        if (summary := read_summary(opened.folder)) is not None and opened.resume_from is not None:
+            return TrainResult(folder=opened.folder, summary=summary, exit_code=0, was_finished=True)
+        data = here.main_first(lambda: prepare(opened.recipe.data, progress=Reporter.preparing(here)))
+        with stop_on_signals() as request:
+            return Trainer(opened, data, here, request).run()
+
+
+class Trainer:
+    """One run, from where it is to its end."""
+
+    def __init__(
+        self, opened: OpenedRun, data: PreparedData, here: Processes, request: StopRequest
+    ) -> None:
+        self.opened, self.data, self.here, self.request = opened, data, here, request
+        self.recipe = recipe = opened.recipe
+        self.plan = Plan(recipe=recipe)
+        checkpoint = load_checkpoint(opened.resume_from) if opened.resume_from else None
+        self.precision, why = resolve_precision(recipe.train.precision, here.device)
+        if checkpoint is not None and recipe.train.precision == "auto":
+            self.precision, why = checkpoint.state["precision"], "as the run began"
+        is_low_rank = checkpoint is not None and checkpoint.state["phase"] == "low_rank"
+        self.state = build_state(recipe, self.plan, data, here, low_rank=is_low_rank)
+        if checkpoint is not None:
+            restore_state_(self.state, checkpoint, fingerprint=data.fingerprint)
+        self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
+        self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
+        self.reporter = Reporter(opened, self.plan, self.state, here)
+        self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
+
+    def run(self) -> TrainResult:
+        """Train to the last step, or until asked to stop; every way out leaves a checkpoint."""
+        begun, before_s = time.perf_counter(), self.state.progress.wall_s
+        progress = self.state.progress
+        with ExitStack() as stack:
+            stack.callback(self.reporter.close)
+            if progress.step == 0 and self.here.is_main:
+                save_model_files(self.opened.folder, self.state.model, self.data)
+            if progress.step == 0 and self.plan.switch_step == 0:
+                self._save()  # a cold start's rank is measured against these weights
+            for step in range(progress.step + 1, self.recipe.total_steps + 1):
+                if self.plan.switch_step == step - 1:
+                    self._switch()
+                restart = self._step(step)
+                progress.wall_s = before_s + time.perf_counter() - begun
+                self.reporter.step(restart)
+                stopping = self.here.any(self.request.signal_number is not None)
+                if self._is_due(step, self.recipe.checkpoint.every) or stopping or step == self.plan.switch_step:
+                    self._save()
+                if stopping and step < self.recipe.total_steps:
+                    return self._stopped()
+            progress.wall_s = before_s + time.perf_counter() - begun
+        return self._finish()
+
+    def _step(self, step: int) -> RestartReport | None:
+        recipe, state = self.recipe, self.state
+        state.optimizer.set_multiplier_(self.plan.multiplier(step))
+        result = train_step_(
+            self.wrapped,
+            state.optimizer,
+            self.batches.batch(step, batch_size=recipe.train.batch_size),
+            self.here,
+            step=step,
+            seed=recipe.run.seed,
+            micro_batch_size=recipe.train.micro_batch_size,
+            precision=self.precision,
+            clip_grad_norm=recipe.optim.clip_grad_norm,
+        )
+        restart = None if state.relora is None else state.relora.after_step(step)
+        if restart is not None:
+            self._check_restart(restart)
+        state.progress.step = step
+        state.progress.tokens += recipe.tokens_per_step
+        self._record(step, result)
+        return restart
+
+    def _record(self, step: int, result: StepResult) -> None:
+        """Count the step's loss, and measure and log where that is due."""
+        progress = self.state.progress
+        progress.loss_sum += float(self.here.sum(result.loss.double())) / self.here.world_size
+        progress.loss_steps += 1
+        is_evaluated = self._is_due(step, self.recipe.eval.every) or step == self.plan.switch_step
+        if is_evaluated:
+            self._evaluate(step)
+        if is_evaluated or step == 1 or self._is_due(step, self.recipe.log.every):
+            self.reporter.record(grad_norm=float(result.grad_norm), is_evaluated=is_evaluated)
+
+    def _evaluate(self, step: int) -> None:
+        progress = self.state.progress
+        progress.evaluated = evaluate(
+            self.state.model,
+            self.data,
+            self.here,
+            seq_len=self.recipe.data.seq_len,
+            batch_size=self.recipe.train.micro_batch_size,
+            sequences=self.recipe.eval.sequences,
+            precision=self.precision,
+        ).as_metrics()
+        if step == self.plan.switch_step:
+            progress.switch = {"step": step, **progress.evaluated}
+
+    def _switch(self) -> None:
+        report = at_low_rank(self.state, self.plan)
+        self.wrapped = self.here.wrap_for_training(self.state.model, compile_it=self.recipe.train.compile)
+        self.reporter.switched(report)
+
+    def _check_restart(self, restart: RestartReport) -> None:
+        self.state.progress.restarts = restart.restart_index
+        if len(restart.merge.unmoved_layers) == restart.num_layers:
+            raise OptimizerResetError(
+                f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved in "
+                "its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
+            )
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self.recipe.total_steps or (every > 0 and step % every == 0)
+
+    def _save(self) -> None:
+        if self.here.is_main:
+            root = self.opened.checkpoints
+            save_state(root, self.state, precision=self.precision, fingerprint=self.data.fingerprint)
+            retire(root, keep_last=self.recipe.checkpoint.keep_last, keep_steps={self.plan.switch_step or 0})
+        self.here.barrier()
+
+    def _stopped(self) -> TrainResult:
+        self.reporter.say(
+            f"stopped after step {self.state.progress.step}; the same command resumes {self.opened.folder}"
+        )
+        return TrainResult(folder=self.opened.folder, summary={}, exit_code=self.request.exit_code)
+
+    def _finish(self) -> TrainResult:
+        summary: dict[str, Any] = {}
+        if self.here.is_main:
+            summary = summarise(self.opened, self.state, self.plan, self.here)
+        self.here.barrier()
+        return TrainResult(folder=self.opened.folder, summary=summary, exit_code=0)
+
+
