@@ -1,7 +1,8 @@
-"""Runs as a process of its own and forks a victim for each request: one that saves or retires, and dies on the way.
+"""Run as a process of its own: each request forks a victim, which saves or retires and dies on the way.
 
-A request is a line of JSON on standard input, its answer a line on standard output: the victim's exit code (negative:
-the signal that ended it), whether it was stopped, and what it complained of. torch is imported once, before the forks.
+A request is a line of JSON on standard input, its answer a line on standard output: the victim's exit code
+(negative: the signal that ended it), whether it was stopped, and what it complained of. torch is imported
+once, before the forks.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Real processes killed at every operation of a save, and inside its writes: a valid checkpoint always remains."""
+"""Real processes killed at every operation of a save, and inside its writes: a valid checkpoint remains."""
 
 import json
 import os
@@ -80,23 +80,23 @@ def temporaries(root: Path) -> list[Path]:
     return list(root.glob(".step-*"))
 
 
-def kill_at_every_operation(
-    victims: Victims, tmp_path: Path, prepare, do: str, **request: Any
-) -> Iterator[Path]:
-    """Yield the folder as each victim left it: killed before its operation 0, 1, ... until one comes through."""
+def kill_at_every_operation(victims: Victims, prepared: Path, do: str, **request: Any) -> Iterator[Path]:
+    """Yield copies of a folder as victims leave them, killed before operation 0, 1, ... until none is."""
     for operations in count():
-        root = tmp_path / str(operations)
-        prepare(root)
+        root = prepared.with_name(f"killed-{operations}")
+        shutil.copytree(prepared, root)
         answer = victims.run(do, root=str(root), operations=operations, **request)
+        assert answer["code"] in (0, -signal.SIGKILL), answer
         yield root
+        shutil.rmtree(root)
         if answer["code"] == 0:
             return
-        assert answer["code"] == -signal.SIGKILL, answer
 
 
 def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint_whole(victims, tmp_path):
+    save(tmp_path / "prepared", 1)
     found_steps = []
-    for root in kill_at_every_operation(victims, tmp_path, lambda root: save(root, 1), "save", step=2):
+    for root in kill_at_every_operation(victims, tmp_path / "prepared", "save", step=2):
         path, problems = latest_valid(root)
         assert path is not None
         assert problems == []
@@ -105,71 +105,62 @@ def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint_who
         assert_holds(save(root, 3), 3)
         assert temporaries(root) == []
         assert_holds(root / "step-00000001", 1)
-        shutil.rmtree(root)
     # create, 4 x (write, fsync), fsync of the folder, rename | fsync of the parent, verify, and none.
     assert found_steps == [1] * 11 + [2] * 3
 
 
 def test_the_first_save_killed_at_any_operation_leaves_nothing_or_all(victims, tmp_path):
+    (tmp_path / "prepared").mkdir()
     found = []
-    for root in kill_at_every_operation(victims, tmp_path, lambda root: None, "save", step=1):
+    for root in kill_at_every_operation(victims, tmp_path / "prepared", "save", step=1):
         path, problems = latest_valid(root)
         assert problems == []
         found.append(path is not None)
         if path is not None:
             assert_holds(path, 1)
-        shutil.rmtree(root)
     assert found == [False] * 11 + [True] * 3
 
 
 def test_replacing_a_damaged_checkpoint_killed_at_any_operation_keeps_the_older_one(victims, tmp_path):
-    def prepare(root: Path) -> None:
-        save(root, 1)
-        (save(root, 2) / "state.json").write_bytes(b"{}")
-
+    save(tmp_path / "prepared", 1)
+    (save(tmp_path / "prepared", 2) / "state.json").write_bytes(b"{}")
     found_steps = []
-    for root in kill_at_every_operation(victims, tmp_path, prepare, "save", step=2):
+    for root in kill_at_every_operation(victims, tmp_path / "prepared", "save", step=2):
         path, _ = latest_valid(root)
         assert path is not None
         found_steps.append(int(path.name.removeprefix("step-")))
         assert_holds(path, found_steps[-1])
         assert_holds(save(root, 3), 3)
         assert temporaries(root) == []
-        shutil.rmtree(root)
     # One operation more before the new one is in place, and one more after: the damaged one goes aside.
     assert found_steps == [1] * 12 + [2] * 4
 
 
 def test_a_save_killed_while_it_sweeps_is_swept_by_the_next(victims, tmp_path):
-    def prepare(root: Path) -> None:
-        save(root, 1)
-        answer = victims.run("save", root=str(root), step=2, operations=6)
-        assert answer["code"] == -signal.SIGKILL
-        assert len(temporaries(root)) == 1
-
-    for root in kill_at_every_operation(victims, tmp_path, prepare, "save", step=2):
+    prepared = tmp_path / "prepared"
+    save(prepared, 1)
+    assert victims.run("save", root=str(prepared), step=2, operations=6)["code"] == -signal.SIGKILL
+    left = {path.name for path in temporaries(prepared)}
+    assert len(left) == 1
+    for root in kill_at_every_operation(victims, prepared, "save", step=2):
         path, problems = latest_valid(root)
         assert path is not None
         assert problems == []
         save(root, 3)
         assert temporaries(root) == []
-        shutil.rmtree(root)
 
 
 def test_retiring_killed_at_any_operation_leaves_only_whole_checkpoints(victims, tmp_path):
-    def prepare(root: Path) -> None:
-        for step in (1, 2, 3):
-            save(root, step)
-
+    for step in (1, 2, 3):
+        save(tmp_path / "prepared", step)
     counts = []
-    for root in kill_at_every_operation(victims, tmp_path, prepare, "retire"):
+    for root in kill_at_every_operation(victims, tmp_path / "prepared", "retire"):
         left = sorted(root.glob("step-*"))
         assert all(verify_checkpoint(path) == [] for path in left)
         assert_holds(left[-1], 3)
         counts.append(len(left))
         assert_holds(save(root, 4), 4)
         assert temporaries(root) == []
-        shutil.rmtree(root)
     assert counts == [3, 2, 2, 2, 1, 1, 1]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.tiny import tiny_recipe
+from tiny_run import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora.checkpoint.store import load_checkpoint

@@ -29,7 +29,7 @@ def forward(
 
 
 def kaiming_bound(in_features: int) -> float:
-    """Return the bound of Kaiming-uniform: gain(a) * sqrt(3 / fan_in), gain = sqrt(2 / (1 + a^2)), a^2 = 5."""
+    """Return Kaiming-uniform's bound: gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + a^2)), a^2 = 5."""
     return math.sqrt(2 / (1 + 5)) * math.sqrt(3 / in_features)
 
 

@@ -119,6 +119,14 @@ def test_nothing_but_text_goes_to_a_stream_that_is_no_terminal(monkeypatch: pyte
     assert "\\x1b[2Jgone [bold red]not markup[/] \\u202e" in shown
 
 
+def test_last_step_before_a_restart_is_one_step() -> None:
+    console, stream = plain()
+    console.log(record(149))
+    console.log(record(299))
+    assert "switch in 1 step |" in stream.getvalue()
+    assert "restart 1 in 1 step |" in stream.getvalue()
+
+
 def test_loss_that_is_not_finite_is_said() -> None:
     console, stream = plain()
     console.log(record(10, **{"train/loss": float("nan")}))
@@ -204,7 +212,7 @@ def test_last_screen_tells_a_newcomer_what_came_out() -> None:
         "def main(argv=None): return parser",
         "runs/my run/report.html",
         "relora eval 'runs/my run'",
-        "relora generate 'runs/my run' --prompt 'def main(argv=None):'",
+        "relora generate 'runs/my run' --prompt def #",
         "relora export 'runs/my run' 'my run-exported'",
     ):
         assert words in shown
@@ -264,7 +272,7 @@ def test_units_in_words() -> None:
         "1:02:03",
         "2 d 02:04",
     ]
-    assert [size(b) for b in (2**29, 1.5 * 2**30)] == ["512 MiB", "1.5 GiB"]
+    assert [size(b) for b in (36_864, 2**29, 1.5 * 2**30)] == ["36 KiB", "512 MiB", "1.5 GiB"]
     assert [scientific(x) for x in (0.0, 1e-7, 9.9e-4, 2.04e-10)] == ["0", "1e-7", "9.9e-4", "2e-10"]
     assert [perplexity(x) for x in (34.456, 54_321.0)] == ["34.46", "54.3 k"]
 

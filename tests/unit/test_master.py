@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from reference.low_rank import nearest_bfloat16
 from torch import Tensor
 
+from reference.low_rank import nearest_bfloat16
 from relora.method.master import (
     FloatResidual,
     SplitBFloat16,

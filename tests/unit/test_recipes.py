@@ -390,7 +390,17 @@ def test_missing_recipe_names_the_nearest_shipped_one():
         find_recipe("lama-60m")
 
 
-@pytest.mark.parametrize("content", [b"[run\nname = 1", b"[run]\nname = '\xff'", b"[run]\n[run]\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[run\nname = 1",
+        b"[run]\nname = '\xff'",
+        b"[run]\n[run]\n",
+        b"[run]\nseed = " + b"9" * 5000,
+        b"[run]\nseed = " + b"[" * 100_000,
+    ],
+    ids=["syntax", "encoding", "twice", "digits", "nesting"],
+)
 def test_file_that_is_no_toml_is_refused_with_its_path(tmp_path, content):
     path = tmp_path / "broken.toml"
     path.write_bytes(content)

@@ -78,11 +78,9 @@ class FileOperations:
         with self.step("write", path), path.open("xb") as file:
             file.write(data)
 
-    def sync_file(self, path: Path, *, mode: int | None = None) -> None:
-        """Force a file's content onto the disk, and give it these permissions where asked."""
+    def sync_file(self, path: Path) -> None:
+        """Force a file's content onto the disk."""
         with self.step("fsync", path), path.open("r+b") as file:
-            if mode is not None:
-                path.chmod(mode)
             os.fsync(file.fileno())
 
     def sync_folder(self, path: Path) -> None:

@@ -54,7 +54,7 @@ def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "numpy": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
     }
     # A process that has not used CUDA has drawn nothing there; asking would start it.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors |= {f"cuda.{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
     return tensors, {
         "python": {"version": version, "gauss": gauss},

@@ -1,6 +1,5 @@
 """`relora prepare [RECIPE]`: do the part of a run that needs no accelerator."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -11,8 +10,6 @@ from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_he
 from relora.cli.output import print_result, stdout_for_result
 from relora.train.config import DataConfig
 from relora.train.recipe_io import load_recipe
-
-_BYTES_A_LINE = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +24,6 @@ class PrepareArguments(VerbArguments):
     data: Annotated[DataConfig, tyro.conf.FlagConversionOff] = field(default_factory=DataConfig)
 
 
-class StageLines:
-    """Say on stderr what is being done: a line for each stage, and for every 100 MB of text in it."""
-
-    def __init__(self) -> None:
-        self._stage, self._next_bytes = "", 0
-
-    def __call__(self, stage: str, num_bytes: int) -> None:
-        """Say it, where it is due."""
-        if stage == self._stage and num_bytes < self._next_bytes:
-            return
-        amount = f" ({num_bytes / 1e6:,.0f} MB so far)" if stage == self._stage else ""
-        print(f"{stage}{amount}", file=sys.stderr)
-        self._stage, self._next_bytes = stage, num_bytes + _BYTES_A_LINE
-
-
 def run(words: Sequence[str]) -> int:
     """Prepare the data, and say what there is."""
     others, overrides = split_settings(words)
@@ -51,6 +33,6 @@ def run(words: Sequence[str]) -> int:
     with stdout_for_result(only_json=arguments.json):
         from relora.train.prepare import prepare_recipe
 
-        summary = prepare_recipe(recipe, progress=StageLines())
+        summary = prepare_recipe(recipe)
     print_result(summary, as_json=arguments.json)
     return 0

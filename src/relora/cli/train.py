@@ -1,15 +1,19 @@
 """`relora train [RECIPE]`: text in, a trained language model out."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
-from relora.cli.output import print_json, stdout_for_result
+from relora.cli.output import is_main_process, print_json, stdout_for_result
 from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe
+
+if TYPE_CHECKING:
+    from relora.train.trainer import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,23 @@ def run(words: Sequence[str]) -> int:
         from relora.train.trainer import fit
 
         result = fit(recipe, overwrite=arguments.overwrite, fork=arguments.fork)
+        if is_main_process():
+            _conclude(result)
     code: int = result.exit_code
     if arguments.json:
         print_json({"folder": result.folder, "exit_code": code, **result.summary})
     return code
+
+
+def _conclude(result: "TrainResult") -> None:
+    """Write the report of what there is, finished or stopped, and show what came out."""
+    from relora.report.page import write_report
+    from relora.train.reporting import show_summary
+
+    write_report(result.folder)
+    if result.was_finished:
+        print(
+            f"{result.folder} is finished: --overwrite trains it anew, --fork NAME goes on", file=sys.stderr
+        )
+    if result.summary:
+        show_summary(result.summary, result.folder)

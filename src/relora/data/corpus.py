@@ -76,11 +76,15 @@ class Tally:
 
     def describe(self) -> list[str]:
         """Return one line for each thing that was met: how often, what became of it, and the first place."""
+        met = [reason for reason in REASONS if self.counts[reason]]
         return [
-            f"{self.counts[reason]} {'document' if self.counts[reason] == 1 else 'documents'} {words} (first: {self.first[reason]})"
-            for reason, words in REASONS.items()
-            if self.counts[reason]
+            f"{_documents(self.counts[reason])} {REASONS[reason]} (first: {self.first[reason]})"
+            for reason in met
         ]
+
+
+def _documents(count: int) -> str:
+    return "1 document" if count == 1 else f"{count} documents"
 
 
 def content_rank(data: bytes) -> int:

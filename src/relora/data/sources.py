@@ -1,7 +1,8 @@
 """The sources of text: files, JSON lines, Parquet and `datasets`, each a stream of records with their places.
 
 `datasets` reads what comes from the hub, or lies in folders of that shape. Plain local files are read here,
-as it names neither file nor line of what it cannot parse, and cannot count invalid UTF-8. Parquet goes through pyarrow, the reader inside `datasets`, for the same reason.
+as it names neither file nor line of what it cannot parse, and cannot count invalid UTF-8. Parquet goes
+through pyarrow, the reader inside `datasets`, for the same reason.
 """
 
 import json

@@ -133,11 +133,11 @@ class Console:
 
     def _coming(self, step: int) -> list[str]:
         if self._switch_step is not None and step < self._switch_step:
-            return [f"switch in {self._switch_step - step} steps"]
+            return [f"switch in {_steps(self._switch_step - step)}"]
         passed = bisect_right(self._restart_steps, step)
         if passed == len(self._restart_steps):
             return []
-        return [f"restart {passed + 1} in {self._restart_steps[passed] - step} steps"]
+        return [f"restart {passed + 1} in {_steps(self._restart_steps[passed] - step)}"]
 
 
 class _Pace:
@@ -162,6 +162,10 @@ class _Bar(Progress):
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             yield Padding(Text(task.fields["figures"], style="dim"), (0, 0, 0, 2))
+
+
+def _steps(number_of: int) -> str:
+    return "1 step" if number_of == 1 else f"{number_of} steps"
 
 
 def _is_screen(stream: TextIO) -> bool:

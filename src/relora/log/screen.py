@@ -134,7 +134,7 @@ def _next(folder: Path, sample: str) -> Text:
     """List commands that can be copied: a line each, which no frame and no fold breaks."""
     run = visible(shlex.quote(str(folder)))
     exported = visible(shlex.quote(f"{folder.name or 'run'}-exported"))
-    opening = " ".join(visible(sample).split()[:2])[:24].lstrip("-") or "The"
+    opening = next((word[:24] for word in sample.split() if word.isalpha()), "The")
     lines = Text("What to run next", style="bold")
     for command, effect in [
         (f"relora eval {run}", "measure it on held-out text again"),

@@ -25,9 +25,10 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Write a size in memory: 512 MiB, 1.2 GiB."""
-    gib = num_bytes / 2**30
-    return f"{gib:,.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:,.0f} MiB"
+    """Write a size in memory: 36 KiB, 512 MiB, 1.2 GiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.0f} KiB"
 
 
 def percent(part: float, whole: float) -> str:

@@ -219,7 +219,7 @@ def _smallest(values: Tensor, ratio: float, generator: torch.Generator) -> Tenso
 
 def _at_random(values: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
     # Drawn on the CPU in float64, so that every device and rank agrees and ties do not happen.
-    scores = torch.rand(values.shape, dtype=torch.float64, generator=generator)
+    scores = torch.rand(values.shape, dtype=torch.float64, generator=generator, device="cpu")
     return lowest(scores, round(ratio * values.numel())).to(values.device)
 
 

@@ -122,8 +122,8 @@ class ReLoRA:
         last_restart: No restart falls later than this step, so that its re-warm ends before the run does.
 
     Raises:
-        ConfigError: if the model holds no factors or was injected with another config, an optimizer lacks
-            factors or is of an unknown family, or the calendar is out of range.
+        ConfigError: if the model holds no factors, was injected with another config or is sharded, an
+            optimizer lacks factors or is of an unknown family, or the calendar is out of range.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ReLoRA:
         self._step = start
         self._keep = 1.0
         self._layers = lora_layers(model)
-        self._refuse_other_config()
+        self._refuse_unfit_layers()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._held = self._factors_by_optimizer(optimizers)
         adapters = [adapter_for(held_by) for held_by, _ in self._held]
@@ -186,6 +186,20 @@ class ReLoRA:
             keep *= 1 - self._factor_lr() * self.config.base_weight_decay
         report = self._restart(step, keep) if self.calendar.restarts_at(step) else None
         self._step, self._keep = step, 1.0 if report else keep
+        return report
+
+    def catch_up(self) -> RestartReport | None:
+        """Do the restart that a run left out because it ended on that step, where a longer one goes on.
+
+        Call it after `load_state_dict`; the learning-rate schedule of the longer run drops there too.
+
+        Returns:
+            What the restart did, or None if none is missing.
+        """
+        if len(self.calendar.restarts_until(self._step)) <= self.restart_index:
+            return None
+        report = self._restart(self._step, self._keep)
+        self._keep = 1.0
         return report
 
     @torch.no_grad()
@@ -254,8 +268,12 @@ class ReLoRA:
             "restart_growth": self.calendar.restart_growth,
         }
 
-    def _refuse_other_config(self) -> None:
+    def _refuse_unfit_layers(self) -> None:
         for layer in self._layers:
+            if hasattr(layer.weight, "placements") or hasattr(layer.lora_B, "placements"):
+                raise ConfigError(
+                    f"{layer.name} is sharded (DTensor): restarts of sharded layers are not known yet"
+                )
             if layer.config == self.config:
                 continue
             mine, theirs = asdict(self.config), asdict(layer.config)

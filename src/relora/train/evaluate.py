@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def evaluate_path(
     batch_size = 8 if saved.recipe is None else saved.recipe.train.micro_batch_size
     with processes("auto") as here:
         result = evaluate(
-            saved.model.to(here.device),
+            cast(nn.Module, saved.model).to(here.device),
             prepared,
             here,
             seq_len=config.seq_len,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from relora.checkpoint.export import export_folder, model_card
+from relora.checkpoint.card import model_card
+from relora.checkpoint.export import export_folder
 from relora.errors import ConfigError
 from relora.train.recipe_io import recipe_toml
 from relora.train.run_folder import SUMMARY

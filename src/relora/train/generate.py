@@ -1,6 +1,7 @@
 """Let a trained model write."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,10 +61,12 @@ def generate(
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     tokens = torch.tensor([ids], device=model.device)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    choice = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,

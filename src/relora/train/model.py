@@ -2,8 +2,10 @@
 
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from relora.errors import ConfigError, DataError
@@ -45,7 +47,7 @@ def _from_checkpoint(origin: str, vocab_size: int) -> PreTrainedModel:
             f"model.init_from {origin!r} does not load as a causal language model: {error}. Give a folder "
             "with config.json and safetensors weights, or a hub id that can be reached from here"
         ) from error
-    rows = loaded.get_input_embeddings().weight.shape[0]
+    rows = cast(nn.Embedding, loaded.get_input_embeddings()).num_embeddings
     if vocab_size > rows:
         raise DataError(
             f"the tokenizer has {vocab_size} entries but model.init_from {origin!r} embeds only {rows}: "

@@ -1,18 +1,14 @@
 """The data of a recipe, made ready before the run that needs it."""
 
-from collections.abc import Callable
-
+from relora.log.stages import StageLines
 from relora.train.config import Recipe
 
 
-def prepare_recipe(
-    recipe: Recipe, *, progress: Callable[[str, int], None] | None = None
-) -> dict[str, object]:
-    """Read, tokenize and cache a recipe's data, or find it done.
+def prepare_recipe(recipe: Recipe) -> dict[str, object]:
+    """Read, tokenize and cache a recipe's data, or find it done; says on standard error what it does.
 
     Args:
         recipe: Its [data] section decides what is made; its length says how often that will be read.
-        progress: Called with what is being done and the bytes of text done so far.
 
     Returns:
         Where the data is, what identifies it, and how much of it there is.
@@ -22,7 +18,7 @@ def prepare_recipe(
     """
     from relora.data.prepare import prepare
 
-    data = prepare(recipe.data, progress=progress)
+    data = prepare(recipe.data, progress=StageLines())
     tokens_of_the_run = recipe.total_steps * recipe.tokens_per_step
     return {
         "folder": data.folder,

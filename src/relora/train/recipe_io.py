@@ -80,7 +80,7 @@ def read_recipe(path: Path) -> dict[str, dict[str, object]]:
         layer = tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number or a nesting without end
         raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
     return layer
 

@@ -5,13 +5,14 @@ Only the main process of a run speaks; on the others every call does nothing.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from relora.data.prepare import PreparedData
 from relora.log.console import Console
 from relora.log.jsonl import JsonlSink
+from relora.log.screen import last_screen
 from relora.log.sinks import Sink, make_sinks
 from relora.method.inject import InjectReport
 from relora.method.restart import RestartReport
@@ -28,6 +29,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
+
+
+def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    """Show the last screen of a finished run on standard error."""
+    last_screen(summary, folder)
 
 
 class Reporter:
@@ -59,8 +65,8 @@ class Reporter:
         """Say what will be trained, and when the restarts fall."""
         recipe, model = self._opened.recipe, self._state.model
         self.say(
-            f"{recipe.run.method}: {num_parameters(model) / 1e6:.1f} M parameters, {recipe.total_steps} steps of "
-            f"{recipe.tokens_per_step} tokens, {precision}"
+            f"{recipe.run.method}: {num_parameters(model) / 1e6:.1f} M parameters, {recipe.total_steps} "
+            f"steps of {recipe.tokens_per_step} tokens, {precision}"
         )
         self.say(
             f"data: {len(data.train_tokens) / 1e6:.1f} M training and {len(data.heldout_tokens) / 1e6:.2f} M "
@@ -125,8 +131,3 @@ class Reporter:
         if self._restarts is not None:
             self._restarts.close()
             self._restarts = None
-
-    @staticmethod
-    def preparing(here: Processes) -> Callable[[str, int], None] | None:
-        """Return what shows the progress of data preparation."""
-        return None

@@ -57,7 +57,8 @@ def open_run(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None
         if folder.exists() and any(folder.iterdir()):
             if not (folder / RECIPE).is_file():
                 raise ConfigError(
-                    f"{folder} exists and is not a run (it has no {RECIPE}): choose another run.name or run.out"
+                    f"{folder} exists and is not a run (it has no {RECIPE}): "
+                    "choose another run.name or run.out"
                 )
             if not overwrite:
                 return _reopen(recipe, folder)

@@ -93,9 +93,5 @@ def empty_model(run: Path) -> PreTrainedModel:
 def _from_folder(folder: Path) -> SavedModel:
     from relora.train.architecture import ModelConfig
 
-    model = build_model(
-        ModelConfig(preset=None, init_from=str(folder)), vocab_size=0, eos_token_id=0, seed=0
-    )
+    model = build_model(ModelConfig(preset=None, init_from=str(folder)), vocab_size=0, eos_token_id=0, seed=0)
     return SavedModel(model=model.eval(), tokenizer_folder=folder, recipe=None, step=None, run=None)
-
-

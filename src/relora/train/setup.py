@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from relora.data.prepare import PreparedData
@@ -33,7 +34,7 @@ def build_state(
     )
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.to(here.device)
+    cast(nn.Module, model).to(here.device)
     phase = plan.phase(1)
     state = RunState(
         model=model,

@@ -1,4 +1,4 @@
-"""Stopping on request: the first SIGINT or SIGTERM lets the step end and be saved, the second stops at once."""
+"""Stopping on request: the first SIGINT or SIGTERM lets the step end and be saved; the second ends it all."""
 
 import signal
 from collections.abc import Iterator

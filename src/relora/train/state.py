@@ -1,6 +1,6 @@
 """Everything a run is at a step boundary, and how it goes into a checkpoint and comes back.
 
-Weights, factors and residuals are in the model's state dict, moments in the optimizer's; the rest is counters.
+Weights, factors and residuals are in the model's state dict, moments in the optimizer's; the rest counts.
 """
 
 import platform
@@ -106,8 +106,8 @@ def restore_state_(state: RunState, checkpoint: LoadedCheckpoint, *, fingerprint
     saved: dict[str, Any] = checkpoint.state
     if saved["fingerprint"] != fingerprint:
         raise CheckpointError(
-            f"the data of this run has changed since step {checkpoint.step} (fingerprint {saved['fingerprint']} "
-            f"then, {fingerprint} now): put the data back, or begin a new run with --run.name"
+            f"the data of this run has changed since step {checkpoint.step} (then "
+            f"{saved['fingerprint']}, now {fingerprint}): put it back, or begin a new run with --run.name"
         )
     try:
         state.model.load_state_dict(checkpoint.tensors["model"])

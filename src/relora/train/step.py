@@ -76,13 +76,12 @@ def train_step_(
     if not bool(torch.isfinite(norm)):
         raise NonFiniteError(
             f"step {step}: loss {float(total):g}, gradient norm {float(norm):g}; no weight was changed. "
-            "Lower the learning rate, or lengthen the warm-up; the same command goes on from the last checkpoint"
+            "Lower the learning rate, or lengthen the warm-up; the same command resumes the last checkpoint"
         )
     optimizer.adamw.step()
     return StepResult(loss=total, grad_norm=norm)
 
 
 def _sync_on_last(processes: Processes, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-
 
     return nullcontext() if is_last else processes.without_sync(model)

@@ -10,6 +10,7 @@ from relora.checkpoint.store import load_checkpoint, retire
 from relora.data.batches import TokenBatches
 from relora.data.prepare import PreparedData, prepare
 from relora.errors import ConfigError, OptimizerResetError
+from relora.log.stages import StageLines
 from relora.method.restart import RestartReport
 from relora.train.config import Recipe
 from relora.train.evaluate import evaluate
@@ -60,7 +61,8 @@ def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> 
         opened = here.main_first(lambda: open_run(recipe, overwrite=overwrite, fork=fork))
         if (summary := read_summary(opened.folder)) is not None and opened.resume_from is not None:
             return TrainResult(folder=opened.folder, summary=summary, exit_code=0, was_finished=True)
-        data = here.main_first(lambda: prepare(opened.recipe.data, progress=Reporter.preparing(here)))
+        tell = StageLines() if here.is_main else None
+        data = here.main_first(lambda: prepare(opened.recipe.data, progress=tell))
         with stop_on_signals() as request:
             return Trainer(opened, data, here, request).run()
 
@@ -68,9 +70,7 @@ def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> 
 class Trainer:
     """One run, from where it is to its end."""
 
-    def __init__(
-        self, opened: OpenedRun, data: PreparedData, here: Processes, request: StopRequest
-    ) -> None:
+    def __init__(self, opened: OpenedRun, data: PreparedData, here: Processes, request: StopRequest) -> None:
         self.opened, self.data, self.here, self.request = opened, data, here, request
         self.recipe = recipe = opened.recipe
         self.plan = Plan(recipe=recipe)
@@ -82,10 +82,14 @@ class Trainer:
         self.state = build_state(recipe, self.plan, data, here, low_rank=is_low_rank)
         if checkpoint is not None:
             restore_state_(self.state, checkpoint, fingerprint=data.fingerprint)
+        left_out = None if self.state.relora is None else self.state.relora.catch_up()
         self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
+        if left_out is not None:
+            self._check_restart(left_out)
+            self.reporter.step(left_out)
 
     def run(self) -> TrainResult:
         """Train to the last step, or until asked to stop; every way out leaves a checkpoint."""
@@ -104,7 +108,11 @@ class Trainer:
                 progress.wall_s = before_s + time.perf_counter() - begun
                 self.reporter.step(restart)
                 stopping = self.here.any(self.request.signal_number is not None)
-                if self._is_due(step, self.recipe.checkpoint.every) or stopping or step == self.plan.switch_step:
+                if (
+                    self._is_due(step, self.recipe.checkpoint.every)
+                    or stopping
+                    or step == self.plan.switch_step
+                ):
                     self._save()
                 if stopping and step < self.recipe.total_steps:
                     return self._stopped()
@@ -167,8 +175,8 @@ class Trainer:
         self.state.progress.restarts = restart.restart_index
         if len(restart.merge.unmoved_layers) == restart.num_layers:
             raise OptimizerResetError(
-                f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved in "
-                "its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
+                f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved "
+                "in its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
             )
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -193,5 +201,3 @@ class Trainer:
             summary = summarise(self.opened, self.state, self.plan, self.here)
         self.here.barrier()
         return TrainResult(folder=self.opened.folder, summary=summary, exit_code=0)
-
-

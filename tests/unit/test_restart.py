@@ -1,0 +1,331 @@
+"""Restarts: what they do to weights, factors and optimizer states, looked up in these and not in the report."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from loops import Loop, adamw, batch, differing, tiny_model
+from reference.pruning import smallest
+from torch import nn
+
+from relora import ReLoRA, ReLoRAConfig, inject
+from relora.method.spectrum import function_weights, spectra
+
+
+def small(**changes):
+    return ReLoRAConfig(**({"rank": 3, "restart_every": 4} | changes))
+
+
+def test_restarts_follow_the_calendar_and_are_numbered_from_one():
+    loop = Loop(small(), end=16)
+    loop.run(1, 16)
+    assert [(report.step, report.restart_index) for report in loop.reports] == [(4, 1), (8, 2), (12, 3)]
+    assert loop.relora.restart_index == 3
+
+
+def test_cycles_are_counted_from_the_step_of_injection():
+    loop = Loop(small(restart_every=3), start=10)
+    loop.run(11, 20)
+    assert [report.step for report in loop.reports] == [13, 16, 19]
+
+
+def test_cycles_grow():
+    loop = Loop(small(restart_every=2, restart_growth=1.5))
+    loop.run(1, 17)
+    # 2, 3, 4.5 -> 4, 6.75 -> 7
+    assert [report.step for report in loop.reports] == [2, 5, 9, 16]
+
+
+def test_restart_merges_the_delta_and_starts_new_factors_in_the_same_parameters():
+    loop = Loop(small())
+    loop.run(1, 3)
+    loop.update(4)
+    identities = {name: (id(p), p.data_ptr()) for name, p in loop.model.named_parameters()}
+    before, old = function_weights(loop.model), loop.everything()
+    report = loop.relora.after_step(4)
+    assert {name: (id(p), p.data_ptr()) for name, p in loop.model.named_parameters()} == identities
+    for name in ("up", "down"):
+        layer = getattr(loop.model, name)
+        assert not layer.lora_B.any()
+        assert not torch.isclose(layer.lora_A, old[f"{name}.lora_A"]).any()
+        assert layer.lora_A.abs().max() <= 1 / layer.in_features**0.5
+        merged = old[f"{name}.weight"].double() + layer.fixed_scaling * (
+            old[f"{name}.lora_B"].double() @ old[f"{name}.lora_A"].double()
+        )
+        assert torch.equal(layer.weight, merged.float())
+        torch.testing.assert_close(layer.weight.double(), before[name], rtol=0, atol=1e-7)
+    for name in ("up.bias", "norm.weight", "norm.bias", "down.bias"):
+        assert torch.equal(loop.model.state_dict()[name], old[name])
+    assert report.max_function_change <= 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restart_prunes_the_factors_states_and_no_other(dtype):
+    loop = Loop(small(reset_ratio=0.8), tiny_model(dtype))
+    loop.run(1, 3)
+    loop.update(4)
+    optimizer = loop.optimizers[0]
+    before = loop.everything()
+    report = loop.relora.after_step(4)
+    zeroed = 0
+    for name, parameter in loop.model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            was = before[f"optimizer 0: {name} {key}"]
+            if "lora_" not in name or key == "step":
+                assert torch.equal(value, was)
+                continue
+            gone = smallest(before[f"optimizer 0: {name} exp_avg"], round(0.8 * value.numel()))
+            assert np.array_equal((value == 0).numpy(), gone | (was == 0).numpy())
+            assert torch.equal(value[value != 0], was[value != 0])
+            zeroed += gone.sum()
+    assert report.num_states == 8
+    assert report.entries_targeted == report.entries_zeroed == zeroed > 0
+    assert report.without_state == ()
+
+
+def test_report_is_json_and_its_totals_are_those_of_its_parts():
+    loop = Loop(small(scaling_rule="learned", alpha=2, reset_step_count=True))
+    loop.run(1, 4)
+    (report,) = loop.reports
+    record = json.loads(json.dumps(report.as_dict()))
+    assert (record["step"], record["restart_index"], record["num_layers"]) == (4, 1, 2)
+    assert [layer["name"] for layer in record["layers"]] == ["up", "down"]
+    assert {parameter["name"] for parameter in record["parameters"]} == set(loop.factors())
+    for total in ("entries_targeted", "entries_zeroed", "num_states"):
+        assert record[total] == sum(parameter[total] for parameter in record["parameters"])
+    assert record["step_counts_reset"] == 6
+    assert record["without_state"] == record["unmoved_layers"] == []
+    assert "restart 1 after step 4: 2 layers merged" in str(report)
+
+
+@pytest.mark.parametrize("rule", ["alpha/r", "learned"])
+@pytest.mark.parametrize("factors", ["both", "B"])
+def test_lora_b_has_a_gradient_on_the_first_backward_of_every_cycle(rule, factors):
+    loop = Loop(small(restart_every=2, scaling_rule=rule, factors=factors))
+    for cycle in range(3):
+        loop.update(2 * cycle + 1)
+        for layer in (loop.model.up, loop.model.down):
+            assert layer.lora_B.grad.abs().max() > 1e-6
+        loop.relora.after_step(2 * cycle + 1)
+        loop.run(2 * cycle + 2, 2 * cycle + 2)
+    assert len(loop.reports) == 3
+
+
+@pytest.mark.parametrize("reset", ["magnitude", "none"])
+def test_a_learned_scaling_keeps_its_value_and_forgets_its_history(reset):
+    loop = Loop(small(scaling_rule="learned", alpha=2, reset=reset))
+    loop.run(1, 3)
+    loop.update(4)
+    scaling = loop.model.up.lora_scaling
+    value, state = scaling.item(), loop.optimizers[0].state[scaling]
+    assert value != pytest.approx(2 / 3, abs=1e-6)
+    assert state["exp_avg"] != 0
+    loop.relora.after_step(4)
+    assert scaling.item() == value
+    assert state["exp_avg"] == state["exp_avg_sq"] == 0
+
+
+def test_loss_goes_on_where_it_was():
+    schedule = {"total_steps": 60, "warmup_steps": 3, "restart_every": 15, "rewarmup_steps": 3}
+    loop = Loop(small(restart_every=15), schedule=schedule, end=60)
+    done = 0
+    for restart in (15, 30, 45):
+        loop.run(done + 1, restart - 1)
+        loop.update(restart)
+        before = loop.loss().item()
+        assert loop.relora.after_step(restart) is not None
+        loop.schedulers[0].step()
+        assert loop.loss().item() == pytest.approx(before, abs=1e-6)
+        # The learning rate is 0 for one update, which therefore moves nothing either.
+        loop.run(restart + 1, restart + 1)
+        assert loop.loss().item() == pytest.approx(before, abs=1e-6)
+        done = restart + 3
+        loop.run(restart + 2, done)
+        assert loop.loss().item() == pytest.approx(before, rel=0.02)
+        assert loop.loss().item() != pytest.approx(before, abs=1e-6)
+
+
+def train_on_a_teacher(config, steps):
+    """Ranks of W_t - W_0 after each step of fitting a random full-rank teacher."""
+    torch.manual_seed(3)
+    model, teacher = nn.Sequential(nn.Linear(17, 13, bias=False)), nn.Linear(17, 13, bias=False)
+    start = function_weights(model)
+    inject(model, config)
+    optimizer = adamw(model, lr=2e-2)
+    relora = ReLoRA(model, optimizer, config)
+    ranks = []
+    for step in range(1, steps + 1):
+        x, _ = batch(step, width=17, out=13, rows=32)
+        optimizer.zero_grad()
+        (model(x) - teacher(x)).square().mean().backward()
+        optimizer.step()
+        relora.after_step(step)
+        ranks.append(spectra(start, function_weights(model))["0"].rank)
+    return ranks
+
+
+def test_relora_gains_rank_with_every_restart_and_lora_does_not():
+    ranks = train_on_a_teacher(ReLoRAConfig(rank=3, restart_every=5), 35)
+    assert ranks[4::5] == [3, 6, 9, 12, 13, 13, 13]
+    assert ranks[5::5] == [6, 9, 12, 13, 13, 13]
+    assert train_on_a_teacher(ReLoRAConfig(rank=3, restart_every=1000), 35)[4:] == [3] * 31
+
+
+class Experts(nn.Module):
+    """Two experts of which `route` alone is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(7, 9), nn.Linear(7, 9)])
+        self.route = 0
+
+    def forward(self, x):
+        return self.experts[self.route](x)
+
+
+def test_an_unrouted_expert_is_named_and_merged_once_it_is_routed():
+    torch.manual_seed(0)
+    model = Experts()
+    loop = Loop(small(restart_every=2), model)
+    loop.run(1, 2)
+    assert loop.reports[0].without_state == ("experts.1.lora_A", "experts.1.lora_B")
+    assert loop.reports[0].merge.unmoved_layers == ("experts.1",)
+    model.route = 1
+    loop.run(3, 4)
+    assert loop.reports[1].without_state == ()
+    assert loop.reports[1].merge.unmoved_layers == ("experts.0",)
+    assert loop.reports[1].num_states == 8
+
+
+def muon_and_adamw(model):
+    matrices = [p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))]
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in matrices)]
+    return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-2)]
+
+
+def test_muon_for_the_factors_and_adamw_for_the_rest():
+    loop = Loop(small(scaling_rule="learned", reset="zero"), make_optimizers=muon_and_adamw)
+    loop.run(1, 3)
+    loop.update(4)
+    muon, rest = loop.optimizers
+    kept = {p: rest.state[p]["exp_avg"].clone() for p in (loop.model.norm.weight, loop.model.down.bias)}
+    report = loop.relora.after_step(4)
+    for layer in (loop.model.up, loop.model.down):
+        assert not muon.state[layer.lora_A]["momentum_buffer"].any()
+        assert not muon.state[layer.lora_B]["momentum_buffer"].any()
+        assert rest.state[layer.lora_scaling]["exp_avg"] == 0
+    assert all(torch.equal(rest.state[p]["exp_avg"], value) for p, value in kept.items())
+    assert report.num_states == 4 + 2 * 2
+
+
+def one_optimizer_a_parameter(model):
+    return [torch.optim.AdamW([p], lr=1e-2) for p in model.parameters() if p.requires_grad]
+
+
+def two_optimizers_of_the_same_factors(model):
+    return [adamw(model), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, 0.9)]
+
+
+@pytest.mark.parametrize("make", [one_optimizer_a_parameter, two_optimizers_of_the_same_factors])
+def test_every_optimizer_that_holds_a_factor_forgets_it(make):
+    loop = Loop(small(reset="zero"), make_optimizers=make)
+    loop.run(1, 4)
+    states = [o.state[p] for o in loop.optimizers for p in loop.factors().values() if p in o.state]
+    moments = [value for state in states for value in state.values() if value.numel() > 1]
+    assert len(moments) == loop.reports[0].num_states == (8 if len(loop.optimizers) > 2 else 12)
+    assert not any(moment.any() for moment in moments)
+
+
+def test_one_sided_training_has_no_state_of_lora_a_to_reset():
+    loop = Loop(small(factors="B", reset="zero"))
+    loop.run(1, 4)
+    assert loop.reports[0].num_states == 4
+    assert loop.reports[0].without_state == ()
+    assert all(p not in loop.optimizers[0].state for n, p in loop.factors().items() if n.endswith("lora_A"))
+
+
+def test_reset_none_leaves_every_state():
+    loop = Loop(small(reset="none"))
+    loop.run(1, 3)
+    loop.update(4)
+    before = loop.everything()
+    assert loop.relora.after_step(4).num_states == 0
+    changed = differing(before, loop.everything())
+    assert not [name for name in changed if name.startswith("optimizer")]
+    assert {"up.weight", "down.weight", "up.lora_A", "up.lora_B"} <= set(changed)
+
+
+def test_random_masks_and_factors_do_not_depend_on_a_wrapper():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+    config = small(reset="random", reset_ratio=0.5)
+    plain, wrapped = Loop(config), Loop(config, wrap=Wrapper)
+    plain.run(1, 9)
+    wrapped.run(1, 9)
+    assert differing(plain.everything(), wrapped.everything()) == []
+    assert plain.reports[0].as_dict() == wrapped.reports[0].as_dict()
+
+
+def test_a_restart_draws_nothing_from_the_global_stream():
+    loop = Loop(small(reset="random"))
+    loop.run(1, 3)
+    loop.update(4)
+    stream = torch.get_rng_state()
+    loop.relora.after_step(4)
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_and_no_grad_around_a_restart_change_nothing(dtype):
+    plain, inside = Loop(small(), tiny_model(dtype)), Loop(small(), tiny_model(dtype))
+    for loop in (plain, inside):
+        loop.run(1, 3)
+        loop.update(4)
+    plain.relora.after_step(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        inside.relora.after_step(4)
+    assert differing(plain.everything(), inside.everything()) == []
+    assert all(parameter.requires_grad for parameter in inside.factors().values())
+
+
+def test_scheduler_before_or_after_the_restart_makes_no_difference():
+    schedule = {"total_steps": 12, "warmup_steps": 2, "restart_every": 4, "rewarmup_steps": 2}
+    documented, swapped = Loop(small(), schedule=schedule), Loop(small(), schedule=schedule)
+    documented.run(1, 12)
+    for step in range(1, 13):
+        swapped.update(step)
+        swapped.schedulers[0].step()
+        swapped.relora.after_step(step)
+    assert differing(documented.everything(), swapped.everything()) == []
+
+
+def test_base_weight_decay_is_adamws_decay_over_the_same_steps():
+    decay, cycle, steps = 0.3, 5, 15
+    schedule = {"total_steps": 20, "warmup_steps": 3, "restart_every": cycle, "rewarmup_steps": 2}
+    loop = Loop(small(restart_every=cycle, base_weight_decay=decay), schedule=schedule)
+    twin = tiny_model()
+    full_rank = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=decay)
+    twin_schedule = Loop(small(), schedule=schedule).schedulers[0]
+    for step in range(1, steps + 1):
+        # No gradient reaches the factors, so the delta stays 0; a zero gradient leaves AdamW only its decay.
+        for parameter in twin.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        full_rank.param_groups[0]["lr"] = twin_schedule.get_last_lr()[0]
+        full_rank.step()
+        twin_schedule.optimizer.step()
+        twin_schedule.step()
+        loop.optimizers[0].step()
+        loop.relora.after_step(step)
+        loop.schedulers[0].step()
+    for name in ("up", "down"):
+        ours, theirs = getattr(loop.model, name).weight, getattr(twin, name).weight
+        assert not torch.allclose(ours, getattr(tiny_model(), name).weight, rtol=1e-3)
+        # AdamW rounds at each of 15 steps, we at each of 3 restarts.
+        torch.testing.assert_close(ours, theirs, rtol=15 * 2**-24, atol=0)
