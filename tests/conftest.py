@@ -1,1 +1,1 @@
-"""Being here puts tests/ on sys.path, so that tests import `reference` (independent references) and `loops`."""
+"""Being here puts tests/ on sys.path, for imports of `reference` and `loops`."""

@@ -33,8 +33,8 @@ def adamw(model, **settings):
 class Loop:
     """Model, optimizers, restarts and perhaps a schedule, advanced in the order the README shows."""
 
-    def __init__(  # noqa: PLR0917
-        self, config, model=None, make_optimizers=adamw, schedule=None, seed=0, start=0, end=None, wrap=None
+    def __init__(
+        self, config, model=None, make_optimizers=adamw, *, schedule=None, seed=0, wrap=None, **calendar
     ):
         self.model = tiny_model() if model is None else model
         inject(self.model, config, seed=seed)
@@ -42,7 +42,7 @@ class Loop:
         self.optimizers = made if isinstance(made, list) else [made]
         self.schedulers = [JaggedCosineLR(o, **schedule) for o in self.optimizers] if schedule else []
         self.called = self.model if wrap is None else wrap(self.model)
-        self.relora = ReLoRA(self.called, made, config, seed=seed, start=start, end=end)
+        self.relora = ReLoRA(self.called, made, config, seed=seed, **calendar)
         self.dtype = next(self.model.parameters()).dtype
         self.reports = []
 

@@ -89,6 +89,13 @@ def test_resumed_run_equals_the_uninterrupted_one(finished: Path, tmp_path: Path
     assert_same_run(result.folder, finished)
 
 
+def test_cold_run_that_dies_at_once_begins_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, relora={"warm_start_steps": 0}, train={"steps": 5})
+    with pytest.raises(_Death):
+        _fit_until(recipe, 1)
+    assert fit(recipe).summary["steps"] == 5
+
+
 def test_finished_run_is_left_as_it_is(finished: Path) -> None:
     before = final_tensors(finished)
     result = fit(tiny_recipe(finished.parent.parent))

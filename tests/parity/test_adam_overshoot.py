@@ -1,10 +1,10 @@
-"""Why an optimizer reset without a re-warm diverges (reference/paper.md 2): the arithmetic, in torch's Adam."""
+"""Why an optimizer reset without a re-warm diverges (paper.md 2): the arithmetic, in torch's Adam."""
 
 import pytest
 import torch
-from reference.adam import updates_after_reset
 from torch import nn
 
+from reference.adam import updates_after_reset
 from relora import reset_optimizer_state_
 
 LR, GRADIENT, COUNT = 1e-3, -0.37, 1_000_000
@@ -49,7 +49,7 @@ def test_kept_count_with_a_short_second_moment_hardly_overshoots():
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95)])
 def test_reset_count_makes_every_update_the_learning_rate(betas):
     sizes = measured_updates(torch.optim.AdamW, betas=betas, num_steps=50, reset_step_count=True)
-    # (1 - b^n) / (1 - b^n) is 1; what is left is float64 rounding of moments and of the difference of weights.
+    # (1 - b^n) / (1 - b^n) is 1; what is left is float64 rounding of moments and of differences of weights.
     assert sizes == pytest.approx([1.0] * 50, rel=1e-10)
 
 

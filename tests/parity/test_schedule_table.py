@@ -1,8 +1,8 @@
 """The paper's schedule, value by value (reference/paper.md 1.5), and the authors' code over whole runs."""
 
 import pytest
-from reference.schedule import authors_multiplier
 
+from reference.schedule import authors_multiplier
 from relora import jagged_cosine
 
 TABLE = {

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.schedule import cycle_lengths, jagged_multipliers, plain_cosine, restart_steps
 
+from reference.schedule import cycle_lengths, jagged_multipliers, plain_cosine, restart_steps
 from relora import jagged_cosine
 from relora.method.schedule import Calendar
 
@@ -25,6 +25,7 @@ def schedules(draw):
         "min_ratio": draw(st.floats(0, 1)),
         "start": draw(st.one_of(st.just(0), st.integers(0, total + 5))),
         "restart_growth": draw(st.sampled_from([1.0, 1.0, 0.7, 1.2, 2.0])),
+        "last_restart": draw(st.one_of(st.none(), st.integers(0, total))),
     }
 
 
@@ -38,6 +39,7 @@ def restarts_of(schedule):
         growth=schedule["restart_growth"],
         start=schedule["start"],
         last=schedule["total_steps"],
+        last_restart=schedule["last_restart"],
     )
 
 
@@ -58,6 +60,7 @@ def test_every_value_is_that_of_the_independent_walk(schedule):
         min_ratio=schedule["min_ratio"],
         start=schedule["start"],
         growth=schedule["restart_growth"],
+        last_restart=schedule["last_restart"],
     )
     assert values_of(schedule) == pytest.approx(list(expected), abs=1e-12)
 
@@ -124,6 +127,7 @@ calendars = st.fixed_dictionaries(
         "restart_every": st.integers(1, 60),
         "restart_growth": st.sampled_from([1.0, 0.5, 0.9, 1.1, 1.7, 3.0]),
         "start": st.integers(0, 50),
+        "last_restart": st.one_of(st.none(), st.integers(0, 300)),
     }
 )
 
@@ -133,8 +137,14 @@ calendars = st.fixed_dictionaries(
 def test_restarts_are_the_ends_of_cycles_and_none_falls_on_the_end(settings_, length):
     end = settings_["start"] + length
     calendar = Calendar(**settings_, end=end)
-    cycle, growth, start = settings_["restart_every"], settings_["restart_growth"], settings_["start"]
-    expected = [step for step in restart_steps(cycle=cycle, growth=growth, start=start, last=end) if step != end]
+    ends = restart_steps(
+        cycle=settings_["restart_every"],
+        growth=settings_["restart_growth"],
+        start=settings_["start"],
+        last=end,
+        last_restart=settings_["last_restart"],
+    )
+    expected = [step for step in ends if step != end]
     assert [step for step in range(end + 1) if calendar.restarts_at(step)] == expected
     assert list(calendar.restarts_until(end)) == expected
 
@@ -168,6 +178,7 @@ def test_the_learning_rate_falls_where_the_calendar_restarts(schedule):
         restart_every=schedule["restart_every"],
         restart_growth=schedule["restart_growth"],
         start=schedule["start"],
+        last_restart=schedule["last_restart"],
     )
     for t in range(1, schedule["total_steps"] + 1):
         if calendar.restarts_at(t):

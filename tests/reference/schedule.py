@@ -27,7 +27,8 @@ def cycle_lengths(cycle, growth):
         k += 1
 
 
-def restart_steps(*, cycle, growth=1.0, start=0, last):
+def restart_steps(*, cycle, growth=1.0, start=0, last, last_restart=None):
+    last = last if last_restart is None else min(last, last_restart)
     steps, at = [], start
     for length in cycle_lengths(cycle, growth):
         at += length
@@ -45,11 +46,12 @@ def plain_cosine(*, total, warmup, min_ratio):
     return np.where(t < warmup, t / max(1, warmup), cosine)
 
 
-def jagged_multipliers(*, total, warmup, cycle, rewarmup, min_ratio, start=0, growth=1.0):
-    """Values at 0 .. total: the plain cosine, with a ramp laid over the head of each cycle but a run's first."""
+def jagged_multipliers(*, total, warmup, cycle, rewarmup, min_ratio, start=0, growth=1.0, last_restart=None):
+    """Values at 0 .. total: the plain cosine, a ramp laid over the head of each cycle but a run's first."""
     plain = plain_cosine(total=total, warmup=warmup, min_ratio=min_ratio)
     values = plain.copy()
-    begins = [start, *restart_steps(cycle=cycle, growth=growth, start=start, last=total)]
+    restarts = restart_steps(cycle=cycle, growth=growth, start=start, last=total, last_restart=last_restart)
+    begins = [start, *restarts]
     ends = [*begins[1:], total + 1]
     for begin, end in zip(begins, ends, strict=True):
         if begin == 0:

@@ -32,7 +32,12 @@ DTYPES = [
     torch.int32,
     torch.int64,
     torch.bool,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
     torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
 ]
 
 
@@ -311,6 +316,16 @@ def test_retiring_keeps_the_newest(tmp_path):
     assert steps(tmp_path) == [30, 40]
     assert retire(tmp_path, keep_last=2) == []
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_retiring_spares_steps_that_are_kept_besides(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    assert retire(tmp_path, keep_last=1, keep_steps=[20]) == [
+        tmp_path / "step-00000030",
+        tmp_path / "step-00000010",
+    ]
+    assert steps(tmp_path) == [20, 40]
 
 
 def test_retiring_counts_from_the_newest_valid_one_and_leaves_damaged_newer_ones(tmp_path):

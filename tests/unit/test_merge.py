@@ -1,4 +1,4 @@
-"""merge_and_reinit_: the base takes exactly the delta, the function stays, new factors start, nothing else."""
+"""merge_and_reinit_: the base takes exactly the delta, the function stays, new factors start."""
 
 from typing import Any
 
@@ -209,7 +209,7 @@ def test_rank_grows_with_restarts_and_stays_without(
 
 def merged_sums(layer: LoRALinear, merges: int) -> tuple[low_rank.Array, float]:
     """Merge deltas of relative size 1e-3; return their float64 sum and the relative error of what is kept."""
-    start = numpy64(layer.master_rows(slice(None)))
+    start = numpy64(layer.master_rows(slice(None))).copy()
     total = np.zeros_like(start)
     for restart_index in range(1, merges + 1):
         train_factors_(layer, seed=restart_index)

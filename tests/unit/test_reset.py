@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference.pruning import smallest
 from torch import nn
 
+from reference.pruning import smallest
 from relora import ConfigError, NonFiniteError, OptimizerResetError, reset_optimizer_state_
 from relora.method.reset import lowest
 
@@ -20,7 +20,8 @@ RATIOS = [0.0, 0.01, 0.3, 0.5, 0.9, 0.99, 0.999, 1.0]
 def stepped(dtype=torch.float32, optimizer_class=torch.optim.AdamW, steps=3, **settings):
     """Parameters and an optimizer whose states come from real steps and hold no zero."""
     generator = torch.Generator().manual_seed(5)
-    params = {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    params = {name: nn.Parameter(value.to(dtype)) for name, value in values.items()}
     optimizer = optimizer_class(params.values(), lr=1e-2, **settings)
     for _ in range(steps):
         for parameter in params.values():
@@ -239,7 +240,7 @@ def test_an_optimizer_that_has_not_stepped_has_nothing_to_reset():
 
 
 def test_touching_nothing_although_there_are_states_raises():
-    params, optimizer = stepped()
+    _, optimizer = stepped()
     late = nn.Parameter(torch.zeros(2, 3))
     optimizer.add_param_group({"params": [late]})
     with pytest.raises(OptimizerResetError, match="touch no state"):
@@ -268,13 +269,11 @@ def test_states_that_are_not_finite_are_refused_with_nothing_changed(method, poi
             assert torch.allclose(optimizer.state[parameter][key], value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"method": "half"}, {"method": "random", "ratio": 1.5}, {"method": "zero", "ratio": float("nan")}]
-)
-def test_method_or_ratio_out_of_range_is_refused(arguments):
+@pytest.mark.parametrize(("method", "ratio"), [("half", 0.5), ("random", 1.5), ("zero", float("nan"))])
+def test_method_or_ratio_out_of_range_is_refused(method, ratio):
     params, optimizer = stepped()
     with pytest.raises(ConfigError, match="method must be one of"):
-        reset_optimizer_state_(optimizer, chosen(params), **arguments)
+        reset_optimizer_state_(optimizer, chosen(params), method=method, ratio=ratio)
 
 
 def test_parameters_of_another_optimizer_are_refused_by_name():

@@ -1,14 +1,14 @@
-"""Restarts: what they do to weights, factors and optimizer states, looked up in these and not in the report."""
+"""Restarts: what they do to weights, factors and optimizer states, looked up there and not in reports."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from loops import Loop, adamw, batch, differing, tiny_model
-from reference.pruning import smallest
 from torch import nn
 
+from loops import Loop, adamw, batch, differing, tiny_model
+from reference.pruning import smallest
 from relora import ReLoRA, ReLoRAConfig, inject
 from relora.method.spectrum import function_weights, spectra
 

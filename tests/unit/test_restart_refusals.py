@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from loops import Loop, adamw, differing, tiny_model
 
+from loops import Loop, adamw, differing, tiny_model
 from relora import (
     CheckpointError,
     ConfigError,
@@ -194,7 +194,7 @@ def test_a_step_count_reset_without_step_counts_warns():
 def test_a_model_folded_since_is_refused():
     loop = before_restart()
     fold(loop.model)
-    with pytest.raises(ConfigError, match="folded.*build both anew"):
+    with pytest.raises(ConfigError, match=r"folded.*build both anew"):
         loop.relora.after_step(4)
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import Loop, adamw, differing, tiny_model
 
+from loops import Loop, adamw, differing, tiny_model
 from relora import ReLoRAConfig
 
 STEPS = 14
+PLAIN = ReLoRAConfig(rank=3, restart_every=4, reset="random", reset_ratio=0.5)
 SCHEDULE = {"total_steps": STEPS, "warmup_steps": 2, "restart_every": 4, "rewarmup_steps": 2}
 SETTINGS = {
     "paper": {"reset": "magnitude", "reset_ratio": 0.9},
@@ -71,6 +72,54 @@ def test_resumed_at_any_step_is_bit_equal_to_the_uninterrupted_run(settings, dty
         assert [report.as_dict() for report in resumed.reports] == [report.as_dict() for report in restarts]
 
 
+def shorter_run(end, last_restart=None):
+    loop = Loop(PLAIN, seed=7, end=end, last_restart=last_restart)
+    loop.run(1, end)
+    return loop
+
+
+def longer_run(shorter, end=STEPS):
+    loop = Loop(PLAIN, seed=7, end=end)
+    loop.model.load_state_dict(shorter.model.state_dict())
+    loop.optimizers[0].load_state_dict(shorter.optimizers[0].state_dict())
+    loop.relora.load_state_dict(json.loads(json.dumps(shorter.relora.state_dict())))
+    return loop
+
+
+def test_a_longer_run_catches_up_on_the_restart_its_beginning_ended_on():
+    uninterrupted = Loop(PLAIN, seed=7, end=STEPS)
+    uninterrupted.run(1, STEPS)
+    longer = longer_run(shorter_run(8))
+    assert longer.relora.restart_index == 1
+    caught_up = longer.relora.catch_up()
+    assert (caught_up.step, caught_up.restart_index) == (8, 2)
+    assert longer.relora.catch_up() is None
+    longer.run(9, STEPS)
+    assert differing(uninterrupted.everything(), longer.everything()) == []
+
+
+@pytest.mark.parametrize("saved_after", range(1, STEPS))
+def test_there_is_nothing_to_catch_up_on_where_nothing_was_left_out(saved_after):
+    loop = Loop(PLAIN, seed=7, end=STEPS)
+    assert loop.relora.catch_up() is None
+    loop.run(1, saved_after)
+    assert loop.relora.catch_up() is None
+    resumed = longer_run(loop)
+    before = resumed.everything()
+    assert resumed.relora.catch_up() is None
+    assert differing(before, resumed.everything()) == []
+
+
+def test_a_restart_left_out_in_mid_run_is_not_made_up_for_when_the_rate_is_high_again():
+    longer = longer_run(shorter_run(10, last_restart=7))
+    assert longer.relora.restart_index == 1
+    assert longer.relora.catch_up() is None
+    longer.run(11, 12)
+    assert [(report.step, report.restart_index) for report in longer.reports] == [(12, 2)]
+    again = longer_run(longer)
+    assert again.relora.catch_up() is None
+
+
 def draws():
     """Digest of every factor, weight and mask after two restarts."""
     config = ReLoRAConfig(rank=3, restart_every=2, reset="random", reset_ratio=0.5)
@@ -86,7 +135,7 @@ def draws():
 def test_another_process_draws_the_same_factors_and_masks():
     torch.manual_seed(777)
     here = Path(__file__).parent
-    code = "import torch; torch.manual_seed(1); import test_restart_resume; print(test_restart_resume.draws())"
+    code = "import torch, test_restart_resume as t; torch.manual_seed(1); print(t.draws())"
     path = os.pathsep.join([str(here), *sys.path])
     there = subprocess.run(
         [sys.executable, "-c", code],

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loops import Loop, batch, tiny_model
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loops import Loop, batch, tiny_model
 from relora import ReLoRAConfig
 
 CONFIG = ReLoRAConfig(rank=3, restart_every=3, reset="random", reset_ratio=0.5)
@@ -85,26 +84,10 @@ def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype):
     assert loss == other_loss
     one_process = Loop(CONFIG, tiny_model(dtype))
     one_process.run(1, 10)
-    # The mean of two half-batch gradients is the whole batch's, to rounding, which Adam does not amplify here.
+    # The mean of two half-batch gradients is the whole batch's to rounding, which Adam hardly amplifies here.
     for name, value in one_process.model.named_parameters():
         torch.testing.assert_close(trail[-1][name], value.detach(), rtol=1e-3, atol=1e-4)
 
 
 def same(left, right):
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-
-
-def test_ddp_gradients_still_average_after_a_restart():
-    """One rank suffices to see that the buckets hold the very Parameters a restart changed."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        try:
-            loop = Loop(CONFIG, wrap=DistributedDataParallel)
-            plain = Loop(CONFIG)
-            loop.run(1, 7)
-            plain.run(1, 7)
-        finally:
-            dist.destroy_process_group()
-    for name, parameter in loop.model.named_parameters():
-        assert torch.equal(parameter, plain.model.get_parameter(name)), name
-    assert isinstance(loop.called, nn.Module)

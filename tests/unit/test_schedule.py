@@ -2,15 +2,20 @@
 
 import pytest
 import torch
-from loops import Loop
 from torch import nn
 
+from loops import Loop
 from relora import ConfigError, JaggedCosineLR, ReLoRAConfig, jagged_cosine
 from relora.method.schedule import Calendar
 
 SETTINGS = {
-    "total_steps": 31, "warmup_steps": 4, "restart_every": 9, "rewarmup_steps": 3, "min_ratio": 0.2, "start": 6,
-}  # fmt: skip
+    "total_steps": 31,
+    "warmup_steps": 4,
+    "restart_every": 9,
+    "rewarmup_steps": 3,
+    "min_ratio": 0.2,
+    "start": 6,
+}
 
 
 def test_readme_recipe_of_the_paper_restarts_twice():
@@ -22,6 +27,16 @@ def test_last_step_restarts_only_where_no_end_is_named():
     assert Calendar(restart_every=5).restarts_at(10)
     assert not Calendar(restart_every=5, end=10).restarts_at(10)
     assert Calendar(restart_every=5, end=11).restarts_at(10)
+
+
+def test_a_restart_later_than_the_last_allowed_leaves_calendar_and_rate_alone():
+    calendar = Calendar(restart_every=5, start=5, end=24, last_restart=17)
+    assert [step for step in range(25) if calendar.restarts_at(step)] == [10, 15]
+    settings = {"total_steps": 24, "warmup_steps": 2, "restart_every": 5, "rewarmup_steps": 4, "start": 5}
+    values = [jagged_cosine(t, **settings, last_restart=17) for t in range(25)]
+    assert [t for t, value in enumerate(values) if value == 0] == [0, 5, 10, 15]
+    assert values[19:] == [jagged_cosine(t, **(settings | {"rewarmup_steps": 0})) for t in range(19, 25)]
+    assert jagged_cosine(20, **settings) == 0
 
 
 def test_growing_cycles_last_the_rounded_geometric_series():
@@ -62,10 +77,8 @@ def test_every_violation_of_a_schedule_is_listed_at_once():
             start=-1,
             restart_growth=0.0,
         )
-    for field in (
-        "updates_done", "warmup_steps", "restart_every", "rewarmup_steps", "min_ratio", "start", "restart_growth",
-    ):  # fmt: skip
-        assert field in str(refusal.value)
+    names = "updates_done warmup_steps restart_every rewarmup_steps min_ratio start restart_growth"
+    assert [name for name in names.split() if name not in str(refusal.value)] == []
 
 
 def test_switch_within_a_run_ramps_like_a_restart():
@@ -77,9 +90,7 @@ def test_switch_within_a_run_ramps_like_a_restart():
 
 def test_a_ramp_that_the_end_cuts_off_aims_at_min_ratio():
     values = [
-        jagged_cosine(
-            t, total_steps=10, warmup_steps=0, restart_every=8, rewarmup_steps=5, min_ratio=0.3
-        )
+        jagged_cosine(t, total_steps=10, warmup_steps=0, restart_every=8, rewarmup_steps=5, min_ratio=0.3)
         for t in range(10)
     ]
     assert values[8] == 0.0

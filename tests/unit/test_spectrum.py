@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from loops import tiny_model
 from torch import nn
 
+from loops import tiny_model
 from relora import ConfigError, ReLoRAConfig, fold, inject
 from relora.method.spectrum import function_weights, spectra, spectrum
 
@@ -42,8 +42,8 @@ def test_bf16_rounding_of_a_folded_layer_adds_no_rank():
 
 def test_singular_values_are_numpys_largest_first():
     delta = matrix_of_rank(6)
-    expected = np.linalg.svd(delta.numpy(), compute_uv=False)
-    torch.testing.assert_close(spectrum(delta).singular_values, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+    expected = torch.from_numpy(np.linalg.svd(delta.numpy(), compute_uv=False))
+    torch.testing.assert_close(spectrum(delta).singular_values, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_summaries_of_a_diagonal_matrix():

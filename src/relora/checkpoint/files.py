@@ -89,7 +89,7 @@ class FileOperations:
             sync_folder(path)
 
     def rename(self, path: Path, target: Path) -> None:
-        """Give a file or folder its new name; a target that holds something is an error."""
+        """Give a folder its new name; a folder there that holds something is an error."""
         with self.step("rename", target):
             path.rename(target)
 

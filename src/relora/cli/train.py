@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> int:
         from relora.train.trainer import fit
 
         result = fit(recipe, overwrite=arguments.overwrite, fork=arguments.fork)
-        if is_main_process():
+        if result.exit_code == 0 and is_main_process():
             _conclude(result)
     code: int = result.exit_code
     if arguments.json:
@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _conclude(result: "TrainResult") -> None:
-    """Write the report of what there is, finished or stopped, and show what came out."""
+    """Write the report of a finished run, and show what came out."""
     from relora.report.page import write_report
     from relora.train.reporting import show_summary
 
@@ -64,5 +64,4 @@ def _conclude(result: "TrainResult") -> None:
         print(
             f"{result.folder} is finished: --overwrite trains it anew, --fork NAME goes on", file=sys.stderr
         )
-    if result.summary:
-        show_summary(result.summary, result.folder)
+    show_summary(result.summary, result.folder)

@@ -118,7 +118,7 @@ def _integer(field: str, value: object, *, least: int, optional: bool = False) -
 def _fraction(field: str, value: object) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return [f"{field} must be a finite number, not {value!r}"]
-    return [] if 0.0 < value < 1.0 else [f"{field} must be above 0 and below 1, not {value:g}"]
+    return [] if 0.0 < value < 1.0 else [f"{field} must be above 0 and below 1, not {value}"]
 
 
 def _boolean(field: str, value: object) -> list[str]:

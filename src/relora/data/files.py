@@ -7,6 +7,7 @@ in its content: a corpus that is renamed or moved keeps its fingerprint.
 import gzip
 import hashlib
 import io
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +37,10 @@ def stdlib_files() -> list[Path]:
         DataError: if this Python keeps no source files (an embedded or zipped standard library).
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = [
-        path
-        for path in root.rglob("*.py")
-        if path.is_file() and _NOT_STDLIB.isdisjoint(path.relative_to(root).parts[:-1])
-    ]
+    found: list[Path] = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_STDLIB]  # not even entered: they may be large
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
     if not found:
         raise DataError(
             f"{root} holds no .py files: this Python has no readable standard library; "

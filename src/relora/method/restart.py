@@ -149,6 +149,7 @@ class ReLoRA:
         )
         self.restart_index = 0
         self._step = start
+        self._restarted_at: int | None = None
         self._keep = 1.0
         self._layers = lora_layers(model)
         self._refuse_unfit_layers()
@@ -191,12 +192,13 @@ class ReLoRA:
     def catch_up(self) -> RestartReport | None:
         """Do the restart that a run left out because it ended on that step, where a longer one goes on.
 
-        Call it after `load_state_dict`; the learning-rate schedule of the longer run drops there too.
+        Call it after `load_state_dict`; the learning rate of the longer run drops there too. One that
+        was left out further back stays so: the learning rate has re-warmed without it.
 
         Returns:
-            What the restart did, or None if none is missing.
+            What the restart did, or None if this step has none or had it.
         """
-        if len(self.calendar.restarts_until(self._step)) <= self.restart_index:
+        if self._restarted_at == self._step or not self.calendar.restarts_at(self._step):
             return None
         report = self._restart(self._step, self._keep)
         self._keep = 1.0
@@ -222,7 +224,7 @@ class ReLoRA:
             )
             for optimizer, factors, method in self._resets()
         )
-        self.restart_index = index
+        self.restart_index, self._restarted_at = index, step
         return RestartReport(restart_index=index, step=step, merge=merge, resets=resets)
 
     def _resets(self) -> Iterator[tuple[Optimizer, list[Factor], ResetMethod]]:
@@ -241,6 +243,7 @@ class ReLoRA:
         return {
             "step": self._step,
             "restart_index": self.restart_index,
+            "restarted_at": self._restarted_at,
             "keep": self._keep,
             **self._identity(),
         }
@@ -252,13 +255,14 @@ class ReLoRA:
             CheckpointError: if the state is incomplete, or of a run with another calendar or seed; nothing
                 has changed then.
         """
-        wanted = {"step", "restart_index", "keep", *self._identity()}
+        wanted = {"step", "restart_index", "restarted_at", "keep", *self._identity()}
         if set(state) != wanted:
             raise CheckpointError(f"ReLoRA state must hold exactly {sorted(wanted)}, not {sorted(state)}")
         other = [f"{k} {state[k]!r} (here {v!r})" for k, v in self._identity().items() if state[k] != v]
         if other:
             raise CheckpointError(f"ReLoRA state is of another run: {', '.join(other)}")
-        self._step, self.restart_index, self._keep = state["step"], state["restart_index"], state["keep"]
+        self._step, self._keep = state["step"], state["keep"]
+        self.restart_index, self._restarted_at = state["restart_index"], state["restarted_at"]
 
     def _identity(self) -> dict[str, Any]:
         return {

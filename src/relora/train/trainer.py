@@ -97,10 +97,8 @@ class Trainer:
         progress = self.state.progress
         with ExitStack() as stack:
             stack.callback(self.reporter.close)
-            if progress.step == 0 and self.here.is_main:
-                save_model_files(self.opened.folder, self.state.model, self.data)
-            if progress.step == 0 and self.plan.switch_step == 0:
-                self._save()  # a cold start's rank is measured against these weights
+            if self.opened.resume_from is None:
+                self._begin()
             for step in range(progress.step + 1, self.recipe.total_steps + 1):
                 if self.plan.switch_step == step - 1:
                     self._switch()
@@ -118,6 +116,12 @@ class Trainer:
                     return self._stopped()
             progress.wall_s = before_s + time.perf_counter() - begun
         return self._finish()
+
+    def _begin(self) -> None:
+        if self.here.is_main:
+            save_model_files(self.opened.folder, self.state.model, self.data)
+        if self.plan.switch_step == 0:
+            self._save()  # the rank that a cold start learns is measured against these weights
 
     def _step(self, step: int) -> RestartReport | None:
         recipe, state = self.recipe, self.state
