@@ -128,7 +128,10 @@ def test_the_fraction_held_out_is_the_fraction_asked_for():
 
 @settings(max_examples=25, deadline=None, database=None)
 @given(
-    st.lists(st.sampled_from([b"\n\n", b"\n", b" ", b"word" * 300, b"\xff\x80", "\u20ac".encode() * 99]), max_size=90),
+    st.lists(
+        st.sampled_from([b"\n\n", b"\n", b" ", b"word" * 300, b"\xff\x80", "\u20ac".encode() * 99]),
+        max_size=90,
+    ),
     st.binary(max_size=3 * MAX_BLOCK_BYTES),
 )
 def test_appended_text_changes_no_block_before_the_last(tmp_path_factory, content, appended):

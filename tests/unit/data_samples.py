@@ -8,7 +8,11 @@ from typing import Any
 from relora.data.config import DataConfig
 from relora.data.prepare import PreparedData, prepare
 
-WORDS = "the rank of a sum is at most the sum of ranks so merge restart and train again \u00e9t\u00e9".split()
+SENTENCE = (
+    "the rank of a sum is at most the sum of ranks so merge restart and train again on what remains "
+    "until the loss falls \u00e9t\u00e9 apr\u00e8s \u00e9t\u00e9"
+)
+WORDS = SENTENCE.split()
 
 
 def text(seed: int, *, num_words: int = 120) -> str:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +20,11 @@ zstandard = pytest.importorskip("zstandard")
 
 TEXTS = [samples.text(seed) for seed in range(40)]
 GOOD = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(GOOD)
 
 
 def refused(folder, match, **settings):
-    """Assert that preparing fails with that message, leaves nothing in the cache and the texts as they were."""
+    """Assert that preparing fails with that message and leaves cache and texts as they were."""
     before = samples.files_below(folder)
     with pytest.raises(DataError, match=match) as caught:
         prepare(samples.config(folder, **settings))
@@ -98,26 +101,44 @@ def test_no_document_held_out_names_a_fraction_that_works(tmp_path):
 
 def test_every_document_held_out(tmp_path):
     samples.write_texts(tmp_path / "texts", TEXTS[:5])
-    refused(tmp_path, r"all of 5 documents were held out.*lower data\.heldout_fraction", heldout_fraction=0.9999999)
+    refused(
+        tmp_path,
+        r"all of 5 documents were held out.*lower data\.heldout_fraction",
+        heldout_fraction=0.9999999,
+    )
 
 
-@pytest.mark.parametrize("split", ["training", "held-out"])
-def test_a_split_shorter_than_one_sequence(tmp_path, split):
-    samples.write_texts(tmp_path / "texts", TEXTS)
-    settings = {"training": {"seq_len": 100_000}, "held-out": {"seq_len": 1500}}[split]
-    with pytest.raises(DataError, match=rf"the {split} documents have \d+ tokens, fewer than one sequence"):
-        prepare(samples.config(tmp_path, **settings))
+def test_a_split_shorter_than_one_sequence(tmp_path):
+    prepared = samples.prepare_texts(tmp_path, TEXTS)
+    sizes = {"held-out": len(prepared.heldout_tokens), "training": len(prepared.train_tokens)}
+    assert sizes["held-out"] < sizes["training"]
+    for split, size in sizes.items():
+        match = rf"the {split} documents have {size} tokens, fewer than one sequence"
+        with pytest.raises(DataError, match=match):
+            prepare(samples.config(tmp_path, seq_len=size + 1))
+    assert prepare(samples.config(tmp_path, seq_len=sizes["held-out"])).fingerprint == prepared.fingerprint
 
 
 # Files that cannot be read
 
 
-def test_a_file_that_cannot_be_opened(tmp_path):
-    write(tmp_path, "a.txt", b"text")
-    loop = tmp_path / "texts" / "b.txt"
-    loop.symlink_to(loop)
-    with pytest.raises(DataError, match=r"b\.txt cannot be read: .*symbolic links"):
-        prepare(samples.config(tmp_path, path=str(loop)))
+def test_a_file_that_vanishes_while_the_others_are_read(tmp_path):
+    def remove(stage, _):
+        if stage == "training the tokenizer":
+            (tmp_path / "texts" / "0039.txt").unlink()
+
+    samples.write_texts(tmp_path / "texts", TEXTS)
+    with pytest.raises(DataError, match=r"0039\.txt cannot be read: No such file"):
+        prepare(samples.config(tmp_path), progress=remove)
+    assert samples.files_below(tmp_path / "cache") == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission(tmp_path):
+    samples.write_texts(tmp_path / "texts", TEXTS)
+    (tmp_path / "texts" / "0003.txt").chmod(0)
+    with pytest.raises(DataError, match=r"0003\.txt cannot be read: Permission denied"):
+        prepare(samples.config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +147,7 @@ def test_a_file_that_cannot_be_opened(tmp_path):
         ("cut.jsonl.gz", gzip.compress(GOOD)[:-9]),
         ("damaged.jsonl.gz", gzip.compress(GOOD)[:200] + bytes(50) + gzip.compress(GOOD)[250:]),
         ("cut.jsonl.zst", zstandard.compress(GOOD)[:-9]),
-        ("damaged.jsonl.zst", zstandard.compress(GOOD)[:100] + b"\xff" * 50 + zstandard.compress(GOOD)[150:]),
+        ("damaged.jsonl.zst", CHECKED[:100] + b"\xff" * 50 + CHECKED[150:]),
         ("tail.jsonl.zst", zstandard.compress(GOOD) + b"not a frame"),
     ],
 )
@@ -265,10 +286,9 @@ def test_nul_characters_are_text_and_are_counted(tmp_path, source):
     assert sum(samples.decoded_documents(prepared, tokens).count(odd) for tokens in both) == 1
 
 
-@pytest.mark.parametrize("unit", ["ab cd ", "x", "\u20ac"])
-@pytest.mark.parametrize("source", ["text", "jsonl"])
-def test_a_line_of_megabytes_is_one_document_like_any_other(tmp_path, source, unit):
-    line = unit * (3_000_000 // len(unit.encode()))
+@pytest.mark.parametrize(("source", "unit"), [("jsonl", "ab cd "), ("jsonl", "x"), ("text", "\u20ac")])
+def test_a_line_of_a_megabyte_is_one_document_like_any_other(tmp_path, source, unit):
+    line = unit * (1_000_000 // len(unit.encode()))
     if source == "text":
         samples.write_texts(tmp_path / "texts", [*TEXTS, line])
     else:
@@ -294,13 +314,15 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, below):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_made(tmp_path):
-    """A limit on file size stands in for a full disk: the same OSError from the same write."""
+@pytest.mark.parametrize("limit", [999, 12_000], ids=["tokenizer", "tokens"])
+def test_a_full_disk_is_told_and_leaves_nothing_half_made(tmp_path, limit):
+    """A limit on file size stands in for a full disk: the same writes fail in the same way."""
     samples.write_texts(tmp_path / "texts", TEXTS)
     code = (
         "import resource, signal, sys; from pathlib import Path; import data_samples as samples\n"
         "from relora import DataError; from relora.data.prepare import prepare\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "try: prepare(samples.config(Path(sys.argv[1])))\n"
         "except DataError as error: print(error)\n"
     )
@@ -308,18 +330,19 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_made(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=here, capture_output=True, text=True, check=True
     )
+    assert "cannot be written" in done.stdout
     assert "data.cache_dir" in done.stdout
     assert samples.files_below(tmp_path / "cache") == {}
 
 
-@pytest.mark.parametrize("settings", [{"source": "hub", "path": "none/such"}, {"tokenizer": "none/such"}])
-def test_a_hub_id_without_a_network(tmp_path, settings):
+def test_a_hub_id_without_a_network(tmp_path):
     samples.write_texts(tmp_path / "texts", TEXTS)
     code = (
         "import sys; from pathlib import Path; import data_samples as samples\n"
         "from relora import DataError; from relora.data.prepare import prepare\n"
-        f"try: prepare(samples.config(Path(sys.argv[1]), **{settings!r}))\n"
-        "except DataError as error: print(error)\n"
+        "for settings in ({'source': 'hub', 'path': 'no/dataset'}, {'tokenizer': 'no/tokenizer'}):\n"
+        "    try: prepare(samples.config(Path(sys.argv[1]), **settings))\n"
+        "    except DataError as error: print(error)\n"
     )
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
@@ -330,6 +353,7 @@ def test_a_hub_id_without_a_network(tmp_path, settings):
         text=True,
         check=True,
     )
-    assert "'none/such'" in done.stdout
-    assert "data." in done.stdout
+    dataset, tokenizer = done.stdout.splitlines()
+    assert re.search(r"'no/dataset'.*cannot be loaded: .*check data\.path.*the network", dataset)
+    assert re.search(r"'no/tokenizer' cannot be loaded: .*data\.tokenizer must", tokenizer)
     assert done.stderr == ""

@@ -74,7 +74,9 @@ def test_a_name_for_the_end_of_document_token_is_taken(trained):
 
 
 def test_a_vocabulary_larger_than_the_data_supports_names_the_size_reached():
-    with pytest.raises(DataError, match=r"supports a vocabulary of (\d+) tokens, not data.vocab_size = 5000") as e:
+    with pytest.raises(
+        DataError, match=r"supports a vocabulary of (\d+) tokens, not data.vocab_size = 5000"
+    ) as e:
         train_tokenizer(["abab cdcd"] * 3, vocab_size=5000, eos_token=None)
     reached = int(str(e.value).split("vocabulary of ")[1].split()[0])
     assert 257 < reached < 300

@@ -1,9 +1,12 @@
 """What a restart refuses, and that a refusal leaves every weight, state and counter as it was."""
 
+import tempfile
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from loops import Loop, adamw, differing, tiny_model
 from relora import (
@@ -173,6 +176,19 @@ def test_a_model_without_factors_is_refused():
     model = tiny_model()
     with pytest.raises(ConfigError, match="inject"):
         ReLoRA(model, adamw(model), CONFIG)
+
+
+def test_sharded_layers_are_refused_at_once():
+    model = tiny_model()
+    inject(model, CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        try:
+            fully_shard(model)
+            with pytest.raises(ConfigError, match="sharded"):
+                ReLoRA(model, adamw(model), CONFIG)
+        finally:
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("calendar", [{"start": -1}, {"start": 5, "end": 4}])

@@ -25,7 +25,9 @@ _USUAL_EOS = (DEFAULT_EOS, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 _PIECE_CHARACTERS = 1 << 16
 _BATCH_CHARACTERS = 1 << 21
 _LOOK_BACK = 1 << 12
-# No single document decides the vocabulary, and one without any space cannot stall the training.
+# The trainer takes time quadratic in the length of a word: text without any space must not stall it, and no
+# single document should decide the vocabulary.
+_TRAINING_PIECE_CHARACTERS = 1 << 11
 _MAX_TRAINING_CHARACTERS = 1 << 22
 _GAP = re.compile(r"(?<=\S)\s")
 
@@ -49,8 +51,15 @@ class TextTokenizer:
         return hashlib.sha256(state.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write the files that `transformers.AutoTokenizer.from_pretrained` loads."""
-        self.fast.save_pretrained(folder)
+        """Write the files that `transformers.AutoTokenizer.from_pretrained` loads.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        try:
+            self.fast.save_pretrained(folder)
+        except Exception as error:  # all the Rust library has for a full disk
+            raise OSError(str(error)) from error
 
     def encode(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Tokens]]:
         """Yield each document with its ids, in order, without the end-of-document token.
@@ -190,7 +199,7 @@ def training_texts(documents: Iterable[Document], *, max_bytes: int) -> Iterator
     for document in documents:
         if document.heldout:
             continue
-        yield from pieces(document.text[:_MAX_TRAINING_CHARACTERS])
+        yield from pieces(document.text[:_MAX_TRAINING_CHARACTERS], limit=_TRAINING_PIECE_CHARACTERS)
         num_bytes += document.num_bytes
         if num_bytes >= max_bytes:
             return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from relora.errors import ConfigError
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
-from relora.method.master import SUPPORTED_DTYPES, Master, fingerprint, keeping_float32, master_for
+from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint, keeping_float32, master_for
 from relora.method.scaling import initial_scaling
 from relora.method.seeds import derived_generator
 
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
     _plain_type: type[nn.Module]
     _plain_trains: bool
     _plain_attributes: dict[str, Any]
-    _residual_owner: int | None
+    _residual_owner: Tensor | None
     _pending_draw: tuple[int, int] | None
 
     @classmethod
@@ -75,6 +75,8 @@ class LoRALinear(nn.Module):
         wrapped.weight.requires_grad_(False).grad = None
         wrapped._add_factors(seed)
         wrapped.register_buffer("weight_residual", None)
+        # A buffer too, so that whoever copies or broadcasts weights and buffers keeps the three together.
+        wrapped.register_buffer("_residual_owner", None, persistent=False)
         wrapped._fit_residual()
         return wrapped
 
@@ -203,7 +205,7 @@ class LoRALinear(nn.Module):
         """Forget the residual if somebody has written the weight since it was split: the weight is right."""
         if self.weight_residual is None or self.weight.is_meta:
             return
-        if self._residual_owner != fingerprint(self.weight):
+        if self._residual_owner is None or bool(self._residual_owner != fingerprint(self.weight)):
             self.weight_residual.zero_()
             self.claim_residual_()
 
@@ -220,7 +222,8 @@ class LoRALinear(nn.Module):
         return tensor.detach().T if self.is_transposed else tensor.detach()
 
     def _residual_rows(self, rows: slice) -> Tensor | None:
-        return None if self.weight_residual is None else self._by_rows(self.weight_residual)[rows]
+        residual = elements(self.weight_residual)
+        return None if residual is None else self._by_rows(residual)[rows]
 
     def _fit_residual(self) -> None:
         self._refuse_dtype(self.weight.dtype)
@@ -234,7 +237,7 @@ class LoRALinear(nn.Module):
     def _rewrite_master_(self, value: Tensor) -> None:
         """Take `value`, in the weight's layout, as the base's master, whatever its dtype is now."""
         self._fit_residual()
-        self._master.write_(self.weight.detach(), self.weight_residual, value)
+        self._master.write_(self.weight.detach(), elements(self.weight_residual), value)
         self.claim_residual_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -246,7 +249,7 @@ class LoRALinear(nn.Module):
         value: Tensor | None = None
         if probe.dtype != self.weight.dtype and not (was_meta or probe.is_meta):
             self.drop_stale_residual_()
-            value = self._master.read(self.weight.detach(), self.weight_residual).clone()
+            value = self._master.read(self.weight.detach(), elements(self.weight_residual)).clone()
         factors = [p for name in _FACTORS if (p := getattr(self, name)) is not None]
         wide = (self.weight_residual, *factors, *(p.grad for p in factors))
         super()._apply(keeping_float32(fn, wide), recurse)  # type: ignore[no-untyped-call]
@@ -287,7 +290,7 @@ class LoRALinear(nn.Module):
             return
         loaded_as = master_for(weight.dtype, merge_precision="native" if residual is None else "float32")
         with torch.no_grad():
-            self._rewrite_master_(loaded_as.read(weight, residual).to(self.weight.device))
+            self._rewrite_master_(loaded_as.read(weight, elements(residual)).to(self.weight.device))
 
     def extra_repr(self) -> str:
         """Show the shape, rank and scaling in `print(model)`."""

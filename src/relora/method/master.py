@@ -5,7 +5,8 @@ twenty such merges lose most of their sum. The master is the float32 value the m
 stored as the weight the forward pass uses plus a *residual*, so that neither can be stale without the other:
 
 - bf16: the float32 master's upper 16 bits, rounded to nearest, are the weight itself; the residual is the
-  signed int16 difference of the bit patterns. Two bytes more a weight, and the float32 is exact.
+  signed int16 difference of the bit patterns. Two bytes more a weight, and the float32 is exact. (They are
+  stored as bytes: DDP broadcasts every buffer, and neither NCCL nor Gloo knows int16.)
 - fp16: the residual is the float32 difference, four bytes more.
 - fp32, fp64: the weight is its own master; no residual.
 
@@ -22,10 +23,13 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Master(Protocol):
-    """How a weight and its residual spell one high-precision value; tensors or equal slices of them."""
+    """How a weight and its residual spell one high-precision value.
+
+    `read` and `write_` take tensors or equal slices of them, the residual as `elements` gives it.
+    """
 
     def new_residual(self, weight: Tensor) -> Tensor | None:
-        """Return the residual of a weight that is exact as it stands."""
+        """Return the residual, as stored, of a weight that is exact as it stands."""
 
     def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
         """Return the master value, at least float32, as a new tensor or the weight itself."""
@@ -58,7 +62,8 @@ class SplitBFloat16:
 
     def new_residual(self, weight: Tensor) -> Tensor | None:
         """Return zeros: a bf16 value is a float32 whose lower half is 0."""
-        return torch.zeros_like(weight, dtype=torch.int16)
+        *rows, columns = weight.shape
+        return torch.zeros(*rows, 2 * columns, dtype=torch.uint8, device=weight.device)
 
     def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
         """Put the halves together."""
@@ -96,6 +101,13 @@ class FloatResidual:
         residual.copy_(value.float() - weight.float())
 
 
+def elements(residual: Tensor | None) -> Tensor | None:
+    """View a residual as stored with one element for each of its weight's."""
+    if residual is None or residual.dtype != torch.uint8:
+        return residual
+    return residual.view(torch.int16)
+
+
 _NATIVE = WeightIsMaster()
 _FLOAT32_MASTERS: dict[torch.dtype, Master] = {
     torch.float64: _NATIVE,
@@ -124,11 +136,11 @@ def keeping_float32(
     return apply
 
 
-def fingerprint(weight: Tensor) -> int:
-    """Return a checksum of a half-precision weight's bits; a residual belongs only to the bits it was split
-    from, and this tells when somebody else has written the weight since.
+def fingerprint(weight: Tensor) -> Tensor:
+    """Return an int64 checksum of a half-precision weight's bits; a residual belongs only to the bits it was
+    split from, and this tells when somebody else has written the weight since.
     """
     bits = weight.detach().view(torch.int16)
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
     ramps = [torch.arange(1, len(sums) + 1, device=sums.device) for sums in (rows, columns)]
-    return int((rows * ramps[0]).sum() * 31 + (columns * ramps[1]).sum())
+    return (rows * ramps[0]).sum() * 31 + (columns * ramps[1]).sum()

@@ -1,0 +1,85 @@
+"""The cells of the quickstart's sweep."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Overrides = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of the sweep."""
+
+    arm: str
+    stage: str
+    lr: float
+    seed: int = 0
+    label: str = ""
+    changes: Overrides = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return "-".join(filter(None, [self.arm, f"lr{self.lr:g}", self.label, f"s{self.seed}"]))
+
+    @property
+    def overrides(self) -> Overrides:
+        """What the cell sets otherwise than the shipped recipe."""
+        sections: Overrides = {"optim": {"lr": self.lr}}
+        for section, fields in self.changes.items():
+            sections[section] = {**sections.get(section, {}), **fields}
+        return sections
+
+    @property
+    def has_warm_start(self) -> bool:
+        """Whether the run begins with a full-rank phase that others may share."""
+        return self.arm != "full"
+
+    @property
+    def warm_start(self) -> tuple[float, int]:
+        """What determines the warm start."""
+        return self.lr, self.seed
+
+
+BOTH = {"factors": "both", "init": "kaiming", "scaling_rule": "alpha/r", "restart_every": 80}
+ONE_SIDED = {"factors": "B", "scaling_rule": "matched", "reset": "none", "restart_every": 40}
+
+
+def full(lr: float, **cell: Any) -> Cell:
+    """Full rank throughout."""
+    return Cell(arm="full", lr=lr, changes={"run": {"method": "full"}}, **cell)
+
+
+def one_sided(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
+    """ReLoRA with lora_B alone trained, matched scale, nothing reset, no re-warm; factors at times x lr."""
+    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
+    label = f"f{times:g}r{rest:g}{cell.pop('label', '')}"
+    changes = {"relora": ONE_SIDED | cell.pop("relora", {}), "optim": optim}
+    return Cell(arm="relora-B", lr=lr, label=label, changes=changes, **cell)
+
+
+def both(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
+    """The paper's form: both factors, scaling 1, magnitude reset, re-warm."""
+    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
+    relora = BOTH | {"reset": "magnitude", "reset_ratio": 0.99} | cell.pop("relora", {})
+    changes = {"relora": relora, "optim": optim, "schedule": {"rewarmup_steps": 10}}
+    return Cell(arm="relora-both", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
+
+
+def lora(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
+    """LoRA from the same warm start: both factors, scaling 1, no restarts."""
+    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
+    changes = {
+        "run": {"method": "lora"},
+        "relora": BOTH,
+        "optim": optim,
+        "schedule": {"rewarmup_steps": 10},
+    }
+    return Cell(arm="lora", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
+
+
+PEAK = 4e-3
+
+CELLS = [
+    *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3, 16e-3)),
+]

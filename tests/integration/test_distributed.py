@@ -1,0 +1,46 @@
+"""Two processes under torchrun train what one process with accumulation trains."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_recipe
+
+from relora.train.config import Recipe
+from relora.train.recipe_io import write_recipe
+from relora.train.trainer import fit
+
+
+def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> None:
+    write_recipe(recipe, path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    done = subprocess.run(
+        [*command, "-m", "relora", "train", str(path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    alone = fit(recipe).folder
+    both = replace(recipe, run=replace(recipe.run, name="both"))
+    train_under_torchrun(both, tmp_path / "both.toml", processes=2)
+    folder = both.run.folder
+    assert json.loads((folder / "summary.json").read_text())["world_size"] == 2
+    for left, right in zip(
+        *((path / "metrics.jsonl").read_text().splitlines() for path in (alone, folder)), strict=True
+    ):
+        one, two = json.loads(left), json.loads(right)
+        assert one.keys() == two.keys()
+        for key in {"train/loss", "grad_norm", "eval/loss"} & one.keys():
+            assert two[key] == pytest.approx(one[key], rel=1e-4)
+    restarts = [
+        [json.loads(line)["step"] for line in (path / "restarts.jsonl").read_text().splitlines()]
+        for path in (alone, folder)
+    ]
+    assert restarts[0] == restarts[1] == [6, 8, 10]
