@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from relora.method.linear import LoRALinear
     from relora.method.merge import MergeReport, merge_and_reinit_
     from relora.method.reset import ResetReport, reset_optimizer_state_
-    from relora.method.restart import ReLoRA, RestartReport
+    from relora.method.restart import ReLoRA
+    from relora.method.restart_report import RestartReport
     from relora.method.schedule import JaggedCosineLR, jagged_cosine
 
 __version__ = "0.1.0"
@@ -43,7 +44,7 @@ _HOMES = {
     "ResetReport": "relora.method.reset",
     "reset_optimizer_state_": "relora.method.reset",
     "ReLoRA": "relora.method.restart",
-    "RestartReport": "relora.method.restart",
+    "RestartReport": "relora.method.restart_report",
     "JaggedCosineLR": "relora.method.schedule",
     "jagged_cosine": "relora.method.schedule",
 }

@@ -15,7 +15,7 @@ from relora.log.jsonl import JsonlSink
 from relora.log.screen import last_screen
 from relora.log.sinks import Sink, make_sinks
 from relora.method.inject import InjectReport
-from relora.method.restart import RestartReport
+from relora.method.restart_report import RestartReport
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters
 from relora.train.run_folder import RESTARTS, SUMMARY, OpenedRun

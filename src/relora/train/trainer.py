@@ -11,7 +11,7 @@ from relora.data.batches import TokenBatches
 from relora.data.prepare import PreparedData, prepare
 from relora.errors import ConfigError, OptimizerResetError
 from relora.log.stages import StageLines
-from relora.method.restart import RestartReport
+from relora.method.restart_report import RestartReport
 from relora.train.config import Recipe
 from relora.train.evaluate import evaluate
 from relora.train.parallel import Processes, processes
