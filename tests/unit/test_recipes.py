@@ -352,7 +352,7 @@ def test_steps_and_tokens_take_each_other_back():
 def test_preset_and_checkpoint_take_sizes_back():
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     by_hand, named = {"model": sizes}, {"model": {"preset": "llama-350m"}}
-    loaded = {"model": {"init_from": "m"}}
+    loaded = {"model": {"init_from": "m"}, "data": {"tokenizer": "m"}}
     assert resolve(by_hand).model == ModelConfig(preset=None, **sizes)
     assert resolve(by_hand, named).model == ModelConfig(preset="llama-350m")
     assert resolve(named, by_hand).model == ModelConfig(preset=None, **sizes)

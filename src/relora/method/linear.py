@@ -271,7 +271,7 @@ class LoRALinear(nn.Module):
         entries = cast(dict[str, Any], state_dict)
         own = {name: p for name in _FACTORS if (p := getattr(self, name)) is not None}
         weight = entries.get(prefix + "weight")
-        residual = entries.get(prefix + "weight_residual")
+        residual = entries.pop(prefix + "weight_residual", None)
         if prefix + "lora_A" in entries:
             self._pending_draw = None
         elif weight is not None and not any(prefix + name in entries for name in own):
@@ -281,9 +281,7 @@ class LoRALinear(nn.Module):
                 entries[prefix + name] = value
             entries[prefix + "lora_B"].zero_()
         if self.weight_residual is not None:
-            entries.setdefault(prefix + "weight_residual", self.weight_residual)
-        else:
-            entries.pop(prefix + "weight_residual", None)
+            entries[prefix + "weight_residual"] = self.weight_residual  # the loaded one is split anew below
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
         self._draw_pending_()
         if weight is None or weight.shape != self.weight.shape or self.weight.is_meta:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from relora.checkpoint.config import CheckpointConfig
-from relora.data.config import DataConfig
+from relora.data.config import TRAIN_BPE, DataConfig
 from relora.errors import ConfigError
 from relora.log.config import LogConfig
 from relora.method.config import ALL_LINEAR
@@ -92,6 +92,7 @@ class Recipe:
         return [
             *self._length_violations(),
             *self._position_violations(),
+            *self._tokenizer_violations(),
             *(self._rank_violations() if low_rank else []),
         ]
 
@@ -124,6 +125,11 @@ class Recipe:
                 f"schedule.rewarmup_steps must be at most relora.restart_every {cycle}, not {rewarmup}",
             ),
         )
+
+    def _tokenizer_violations(self) -> list[str]:
+        origin = self.model.init_from
+        own = origin is None or self.data.tokenizer != TRAIN_BPE
+        return unmet((own, f"data.tokenizer must be the checkpoint's own with model.init_from: {origin!r}"))
 
     def _position_violations(self) -> list[str]:
         sizes = self.model.architecture

@@ -8,33 +8,46 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from relora.errors import ConfigError, DataError
+from relora.data.prepared import PreparedData
+from relora.errors import ConfigError
 from relora.method.seeds import derived_seed
-from relora.train.architecture import ModelConfig, llama_config
+from relora.train.architecture import llama_config
+from relora.train.config import Recipe
 
 
-def build_model(model: ModelConfig, *, vocab_size: int, eos_token_id: int, seed: int) -> PreTrainedModel:
-    """Build the plain model in float32 on the CPU.
+def build_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
+    """Build the plain model a run begins with, in float32 on the CPU.
 
     Args:
-        model: Its section of the recipe.
-        vocab_size: Entries of the tokenizer.
-        eos_token_id: The token that ends a document.
-        seed: Root of the seed of random weights.
+        recipe: Its [model] section, seq_len and seed.
+        data: Decides the vocabulary of a model from random weights.
 
     Raises:
-        ConfigError: if `init_from` names nothing that loads.
+        ConfigError: if `init_from` names nothing that loads, or its positions are fewer than seq_len.
         DataError: if the tokenizer has entries the checkpoint has no embedding for.
     """
-    if model.init_from is not None:
-        return _from_checkpoint(model.init_from, vocab_size)
-    config = llama_config(model, vocab_size=vocab_size, eos_token_id=eos_token_id)
+    if recipe.model.init_from is not None:
+        model = load_pretrained(recipe.model.init_from)
+        data.check_fits(cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and recipe.data.seq_len > positions:
+            raise ConfigError(
+                f"data.seq_len must be at most the {positions} positions of model.init_from "
+                f"{recipe.model.init_from!r}, not {recipe.data.seq_len}"
+            )
+        return model
+    config = llama_config(recipe.model, vocab_size=data.vocab_size, eos_token_id=data.eos_token_id)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "initial weights"))
+        torch.manual_seed(derived_seed(recipe.run.seed, "initial weights"))
         return LlamaForCausalLM(config)
 
 
-def _from_checkpoint(origin: str, vocab_size: int) -> PreTrainedModel:
+def load_pretrained(origin: str) -> PreTrainedModel:
+    """Load a causal language model in float32 from a Hugging Face folder or hub id, safetensors only.
+
+    Raises:
+        ConfigError: if it does not load.
+    """
     folder = Path(origin).expanduser()
     try:
         with warnings.catch_warnings():
@@ -44,14 +57,8 @@ def _from_checkpoint(origin: str, vocab_size: int) -> PreTrainedModel:
             )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model.init_from {origin!r} does not load as a causal language model: {error}. Give a folder "
+            f"{origin!r} does not load as a causal language model: {error}. Give a folder "
             "with config.json and safetensors weights, or a hub id that can be reached from here"
         ) from error
-    rows = cast(nn.Embedding, loaded.get_input_embeddings()).num_embeddings
-    if vocab_size > rows:
-        raise DataError(
-            f"the tokenizer has {vocab_size} entries but model.init_from {origin!r} embeds only {rows}: "
-            f"use the checkpoint's own tokenizer (data.tokenizer = {origin!r})"
-        )
     assert isinstance(loaded, PreTrainedModel)
     return loaded

@@ -44,7 +44,9 @@ class Processes:
         if self.world_size == 1:
             return wrapped
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            wrapped, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def main_first(self, action: Callable[[], Result]) -> Result:
         """Do something on the main process, then on the others, which find its files."""

@@ -108,6 +108,11 @@ def _fork(recipe: Recipe, name: str, *, overwrite: bool) -> OpenedRun:
     newest, problems = latest_valid(source / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"--fork {name}: {source} has no valid checkpoint; {'; '.join(problems)}")
+    changes = [key for key in changed_fields(load_recipe(source), recipe) if key.startswith("model.")]
+    if changes:
+        raise ConfigError(
+            f"--fork {name}: a fork goes on with the same model; leave out {', '.join(changes)}"
+        )
     changed = replace(recipe, run=replace(recipe.run, name=name))
     folder = changed.run.folder
     if folder.exists() and not overwrite:

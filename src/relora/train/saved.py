@@ -9,7 +9,7 @@ from relora.checkpoint.store import LoadedCheckpoint, latest_valid, load_checkpo
 from relora.errors import CheckpointError, ConfigError
 from relora.method.inject import fold
 from relora.train.config import Recipe
-from relora.train.model import build_model
+from relora.train.model import load_pretrained
 from relora.train.phase import inject_factors
 from relora.train.recipe_io import load_recipe
 
@@ -91,7 +91,5 @@ def empty_model(run: Path) -> PreTrainedModel:
 
 
 def _from_folder(folder: Path) -> SavedModel:
-    from relora.train.architecture import ModelConfig
-
-    model = build_model(ModelConfig(preset=None, init_from=str(folder)), vocab_size=0, eos_token_id=0, seed=0)
-    return SavedModel(model=model.eval(), tokenizer_folder=folder, recipe=None, step=None, run=None)
+    model = load_pretrained(str(folder)).eval()
+    return SavedModel(model=model, tokenizer_folder=folder, recipe=None, step=None, run=None)

@@ -9,29 +9,22 @@ from transformers import PreTrainedModel
 
 from relora.data.prepare import PreparedData
 from relora.method.inject import InjectReport
-from relora.train.config import Recipe
-from relora.train.model import build_model
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, build_optimizer, free_gradients_, inject_factors
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
 from relora.train.state import Progress, RunState
 
 
-def build_state(
-    recipe: Recipe, plan: Plan, data: PreparedData, here: Processes, *, low_rank: bool
-) -> RunState:
-    """Build the model and optimizer of a run.
+def build_state(model: PreTrainedModel, plan: Plan, here: Processes, *, low_rank: bool) -> RunState:
+    """Put a plain model on the device and build its optimizer.
 
     Args:
-        recipe: The run.
-        plan: Its calendar.
-        data: Decides the vocabulary.
+        model: As the run begins, or of its shape with weights still to be restored.
+        plan: The run's recipe and calendar.
         here: Decides the device.
         low_rank: Whether the factors are in already, as in a checkpoint taken after the switch.
     """
-    model = build_model(
-        recipe.model, vocab_size=data.vocab_size, eos_token_id=data.eos_token_id, seed=recipe.run.seed
-    )
+    recipe = plan.recipe
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     cast(nn.Module, model).to(here.device)

@@ -14,11 +14,13 @@ from relora.log.stages import StageLines
 from relora.method.restart_report import RestartReport
 from relora.train.config import Recipe
 from relora.train.evaluate import evaluate
+from relora.train.model import build_model
 from relora.train.parallel import Processes, processes
 from relora.train.phase import Plan
 from relora.train.precision import resolve_precision
 from relora.train.reporting import Reporter, read_summary
 from relora.train.run_folder import OpenedRun, open_run
+from relora.train.saved import empty_model
 from relora.train.setup import at_low_rank, build_state, save_model_files
 from relora.train.signals import StopRequest, stop_on_signals
 from relora.train.state import restore_state_, save_state
@@ -79,7 +81,9 @@ class Trainer:
         if checkpoint is not None and recipe.train.precision == "auto":
             self.precision, why = checkpoint.state["precision"], "as the run began"
         is_low_rank = checkpoint is not None and checkpoint.state["phase"] == "low_rank"
-        self.state = build_state(recipe, self.plan, data, here, low_rank=is_low_rank)
+        # A run that goes on needs neither the checkpoint it was initialised from nor a network.
+        model = empty_model(opened.folder) if checkpoint else build_model(recipe, data)
+        self.state = build_state(model, self.plan, here, low_rank=is_low_rank)
         if checkpoint is not None:
             restore_state_(self.state, checkpoint, fingerprint=data.fingerprint)
         left_out = None if self.state.relora is None else self.state.relora.catch_up()
