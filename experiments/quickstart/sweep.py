@@ -2,8 +2,8 @@
 
     python experiments/quickstart/sweep.py WORK [--stage tune|seeds] [--only NAME ...]
 
-Every cell is the shipped recipe with overrides, trained by `relora train` in a process of one thread, two at a
-time; finished cells are not run again. Cells that share seed and full-rank learning rate share their warm
+Every cell is the shipped recipe with overrides, trained by `relora train` in a process of one thread, two at
+a time; finished cells are not run again. Cells that share seed and full-rank learning rate share their warm
 start: it is trained once, and the others resume from its last checkpoint, which gives the same bits as
 training it again. Results are written to results.json beside this file.
 """
@@ -22,6 +22,7 @@ from cells import CELLS, Cell
 
 from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe, write_recipe
+from relora.train.state import versions
 
 HERE = Path(__file__).parent
 
@@ -75,9 +76,15 @@ def collect(work: Path) -> list[dict[str, object]]:
             summary = json.loads(path.read_text())
             row = {"cell": cell.name, "arm": cell.arm, "seed": cell.seed, "overrides": cell.overrides}
             switch = (summary["switch"] or {}).get("eval/loss")
-            rows.append(row | {key: summary[key] for key in kept} | {"switch_loss": switch})
-            versions = summary["versions"]
-    return rows if not rows else [{"versions": versions}, *rows]
+            curve = {"curve": heldout_curve(work / cell.name)}
+            rows.append(row | {key: summary[key] for key in kept} | {"switch_loss": switch} | curve)
+    return rows
+
+
+def heldout_curve(folder: Path) -> list[tuple[int, float]]:
+    """Return (step, held-out loss) wherever a run was evaluated."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], round(line["eval/loss"], 5)) for line in lines if "eval/loss" in line]
 
 
 def main() -> None:
@@ -96,7 +103,8 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda cell: train(cell, arguments.work), donors))
         list(pool.map(lambda cell: train(cell, arguments.work), [c for c in chosen if c not in donors]))
-    (HERE / "results.json").write_text(json.dumps(collect(arguments.work), indent=1) + "\n")
+    results = {"versions": versions(), "cells": collect(arguments.work)}
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

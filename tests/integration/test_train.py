@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora.checkpoint.store import load_checkpoint
@@ -18,6 +17,7 @@ from relora.train.generate import generate_from
 from relora.train.inspect import inspect_run
 from relora.train.saved import load_saved
 from relora.train.trainer import fit
+from tiny_run import tiny_recipe
 
 
 def records(path: Path) -> list[dict]:

@@ -1,0 +1,88 @@
+"""Print the quickstart's tables from results.json, and draw its plot.
+
+    python experiments/quickstart/table.py [--plot docs/quickstart.svg]
+
+Ratios are of held-out perplexities, paired by seed with full rank at its best learning rate; plus or minus is
+the standard deviation over seeds.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+RESULTS = Path(__file__).parent / "results.json"
+NAMES = {
+    "full": "full rank",
+    "lora": "LoRA after the same warm start",
+    "relora-both": "ReLoRA, both factors (the paper's form, scaling 1)",
+    "relora-paper": "ReLoRA, the paper's scaling 0.25 and twice the learning rate",
+    "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
+}
+COLORS = {"full": "#333333", "lora": "#999999", "relora-both": "#c7781b", "relora-B": "#1f6fb4"}
+
+
+def main() -> None:
+    """Print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    cells = json.loads(RESULTS.read_text())["cells"]
+    print("## Sweep (seed 0)\n\n| arm | settings | held-out loss | perplexity |\n|---|---|---|---|")
+    for cell in sorted((c for c in cells if c["seed"] == 0), key=lambda c: (c["arm"], c["eval/loss"])):
+        settings = cell["cell"].removeprefix(f"{cell['arm']}-").removesuffix("-s0")
+        print(f"| {cell['arm']} | {settings} | {cell['eval/loss']:.4f} | {cell['eval/perplexity']:.2f} |")
+    best = chosen(cells)
+    print("\n## At the chosen settings\n\n| arm | seeds | perplexity | over full rank |\n|---|---|---|---|")
+    full = {cell["seed"]: cell["eval/loss"] for cell in best["full"]}
+    for arm, runs in best.items():
+        perplexities = [math.exp(cell["eval/loss"]) for cell in runs]
+        ratios = [math.exp(cell["eval/loss"] - full[cell["seed"]]) for cell in runs if cell["seed"] in full]
+        print(f"| {NAMES[arm]} | {len(runs)} | {spread(perplexities)} | {spread(ratios, digits=3)} |")
+    if arguments.plot:
+        draw(best, arguments.plot)
+
+
+def chosen(cells: list[dict]) -> dict[str, list[dict]]:
+    """Return the runs of each arm at its best settings on seed 0, all seeds."""
+    best = {}
+    for arm in NAMES:
+        first = [cell for cell in cells if cell["arm"] == arm and cell["seed"] == 0]
+        if first:
+            settings = min(first, key=lambda cell: cell["eval/loss"])["overrides"]
+            best[arm] = [cell for cell in cells if cell["arm"] == arm and cell["overrides"] == settings]
+    return best
+
+
+def spread(values: list[float], *, digits: int = 2) -> str:
+    """Return mean and standard deviation in words."""
+    deviation = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def draw(best: dict[str, list[dict]], path: Path) -> None:
+    """Draw held-out perplexity against steps, every seed a line."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "quickstart", "svg.fonttype": "none", "font.size": 10}):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for arm, color in COLORS.items():
+            for index, cell in enumerate(best.get(arm, [])):
+                steps, losses = zip(*cell["curve"], strict=True)
+                label = NAMES[arm] if index == 0 else None
+                axes.plot(steps, [math.exp(loss) for loss in losses], color=color, lw=1.4, label=label)
+        axes.axvline(160, color="#bbbbbb", lw=1, ls=":")
+        axes.annotate("switch", (160, 0.02), xycoords=("data", "axes fraction"), color="#777777")
+        axes.set(xlabel="step (4,096 tokens each)", ylabel="held-out perplexity", yscale="log")
+        axes.set_yticks([50, 100, 200, 400], labels=["50", "100", "200", "400"])
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
