@@ -31,7 +31,9 @@ def write_text(folder: Path, *, documents: int = 120) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
         lines = [
-            " ".join(WORDS[(number * 7 + line * 3 + word * (1 + number % 5)) % 18] for word in range(9))
+            " ".join(
+                WORDS[(number * 7 + line * 3 + word * (1 + number % 5)) % len(WORDS)] for word in range(9)
+            )
             for line in range(14)
         ]
         (folder / f"document-{number:03d}.txt").write_text(f"{number}\n" + "\n".join(lines) + "\n")
