@@ -80,3 +80,47 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def max_difference(left: Tensor, right: Tensor) -> float:
     return float((left.detach().double() - right.detach().double()).abs().max())
+
+
+def structure(model: nn.Module) -> list[tuple[str, type, list[tuple[str, tuple[int, ...], bool]]]]:
+    """Return every module's name, type and own parameters: what inject changes and must not half change."""
+    return [
+        (name, type(m), [(k, tuple(p.shape), p.requires_grad) for k, p in m.named_parameters(recurse=False)])
+        for name, m in model.named_modules()
+    ]
+
+
+class Tower(nn.Module):
+    """A little of everything: embedding, blocks with and without bias, Conv1D, fused experts, norm, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(23, 8)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False), "up_proj": nn.Linear(8, 12)})
+            for _ in range(2)
+        )
+        self.down = conv1d(12, 8)
+        self.experts = nn.ParameterDict({"gate_up": nn.Parameter(torch.randn(2, 8, 10) * 0.1)})
+        self.norm = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 23, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
+            x = x + self.down(block["up_proj"](block["q_proj"](x)).tanh())
+        left, right = (x @ self.experts["gate_up"][0]).chunk(2, dim=-1)
+        out: Tensor = self.lm_head(self.norm(x + (left * right).mean(-1, keepdim=True)))
+        return out
+
+
+def tower(*, tied: bool = False) -> Tower:
+    torch.manual_seed(0)
+    model = Tower()
+    if tied:
+        model.lm_head.weight = model.embed.weight
+    return model
+
+
+TOWER_IDS = torch.randint(0, 23, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,5 @@
 """Real architectures, tiny: inject, train, restart, fold, and what is listed instead of wrapped."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -137,7 +136,7 @@ def test_a_bfloat16_decoder_stays_within_its_stated_bound() -> None:
         train_factors_(model, std=0.05, seed=restart_index)
         before = logits(model)
         merge_and_reinit_(model, seed=0, restart_index=restart_index)
-        # Every weight moved by at most half a unit in the last place, 2^-8 of itself.
+        # Every weight moved by at most one bfloat16 step, 2^-7 of itself: half of it on either side.
         assert max_difference(logits(model), before) <= 0.05 * float(before.float().std())
 
 
@@ -233,13 +232,14 @@ def test_fused_experts_are_listed_and_keep_training_at_full_rank(
     assert set(experts) <= set(report.full_rank)
 
 
-def test_a_router_too_small_for_the_rank_is_named_and_can_be_excluded() -> None:
+def test_expert_too_small_for_the_rank_is_named_and_its_gate_of_one_passed_over() -> None:
     changes = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
-    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.shared_expert_gate: rank 3 .*`exclude`"):
-        inject(expert_lm("qwen2_moe", **changes), R3)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.shared_expert\.gate_proj: rank 8 .*`exclude`"):
+        inject(expert_lm("qwen2_moe", **changes), ReLoRAConfig(rank=8))
     model = expert_lm("qwen2_moe", **changes)
     before = logits(model)
-    report = inject(model, ReLoRAConfig(rank=3, exclude=("*shared_expert_gate",)))
+    report = inject(model, R3)
+    assert not any("shared_expert_gate" in w.name for w in report.wrapped)
     assert torch.equal(logits(model), before)
     assert sum("shared_expert." in w.name for w in report.wrapped) == 2 * 3
 
@@ -297,72 +297,6 @@ def test_models_that_are_no_decoders_work_too(kind: str) -> None:
     fold(model)
     # T5's logits are of order 1 before training, without the scaling of its tied head.
     assert max_difference(logits(model, **inputs), before) <= 1e-5
-
-
-# --- torch's own transformer -------------------------------------------------------------------------
-
-PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-
-
-def torch_model(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"dim_feedforward": 24, "dropout": 0.0, "batch_first": True}
-    if kind == "layer":
-        return nn.TransformerEncoderLayer(16, 2, **sizes)
-    if kind == "encoder":
-        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, activation="gelu", **sizes), 2)
-    if kind == "decoder":
-        return nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, **sizes), 2)
-    return nn.Transformer(16, 2, 1, 1, **sizes)
-
-
-def run(model: nn.Module, *, padded: bool) -> Tensor:
-    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    if isinstance(model, nn.TransformerDecoder | nn.Transformer):
-        out = model(x, x, **({"tgt_key_padding_mask": PADDING} if padded else {}))
-    else:
-        out = model(x, **({"src_key_padding_mask": PADDING} if padded else {}))
-    return out[~PADDING]
-
-
-@NESTED
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", ["layer", "encoder", "decoder", "transformer"])
-def test_evaluation_of_torchs_transformer_does_not_pass_by_the_factors(kind: str, padded: bool) -> None:
-    model = torch_model(kind).eval()
-    with torch.no_grad():
-        before = run(model, padded=padded)
-        report = inject(model, R3)
-        torch.testing.assert_close(run(model, padded=padded), before, rtol=0, atol=1e-6)
-    assert all(w.name.split(".")[-1] in ("linear1", "linear2") for w in report.wrapped)
-    train_factors_(model, std=0.5)
-    trained = run(model.train(), padded=padded)
-    assert max_difference(trained, before) > 0.05
-    with torch.no_grad():
-        assert max_difference(run(model.eval(), padded=padded), trained) <= 5e-6
-    with torch.inference_mode():
-        assert max_difference(run(model, padded=padded), trained) <= 5e-6
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        assert max_difference(run(other, padded=padded), trained) <= 5e-6
-        assert max_difference(run(fold(other), padded=padded), trained) <= 5e-6
-
-
-def test_fold_gives_torchs_encoder_its_fused_path_back() -> None:
-    model = torch_model("encoder")
-    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
-    attributes = [set(vars(m)) for m in model.modules()]
-    inject(model, R3)
-    fold(model)
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
-    assert [set(vars(m)) for m in model.modules()] == attributes
-
-
-def test_attention_whose_projections_are_read_directly_is_listed() -> None:
-    report = inject(torch_model("encoder"), R3)
-    assert "without calling it" in reasons(report)["layers.1.self_attn.out_proj.weight"]
-    assert "layers.0.self_attn.in_proj_weight" in reasons(report)
 
 
 # --- Conv1D ------------------------------------------------------------------------------------------

@@ -178,6 +178,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(factors: str, use_reent
         assert torch.equal(layer.get_parameter(name).grad, gradient), name  # type: ignore[arg-type]
 
 
+def test_it_is_called_as_nn_linear_is() -> None:
+    layer = injected("linear", 9, 7, ReLoRAConfig(rank=3))
+    x = torch.randn(4, 9)
+    assert torch.equal(layer(input=x), layer(x))
+    assert (layer.in_features, layer.out_features) == (9, 7)
+
+
 def test_repr_shows_shape_rank_and_scaling() -> None:
     text = repr(injected("conv1d", 9, 7, ReLoRAConfig(rank=3, alpha=6.0, factors="B")))
     assert "in_features=9, out_features=7, bias=True, rank=3, scaling=2, factors='B'" in text

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +95,16 @@ def test_a_checkpoint_taken_on_a_restart_equals_one_taken_beside_it() -> None:
     for each in (model, other):
         train_factors_(each, seed=7)
         merge_and_reinit_(each, seed=0, restart_index=4)
+    assert same_bits(snapshot(other), snapshot(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_safetensors_file_holds_the_whole_state(dtype: torch.dtype) -> None:
+    model, other = trained(dtype), trained(dtype, merges=1, seed=5)
+    other.load_state_dict(safetensors.torch.load(safetensors.torch.save(model.state_dict())), assign=True)
+    assert same_bits(snapshot(other), snapshot(model))
+    for each in (model, other):
+        merge_and_reinit_(each, seed=0, restart_index=3)
     assert same_bits(snapshot(other), snapshot(model))
 
 

@@ -63,15 +63,7 @@ def train_on_a_rank(rank, folder, dtype):
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        torch.float32,
-        pytest.param(
-            torch.bfloat16,
-            marks=pytest.mark.xfail(
-                strict=True, reason="DDP broadcasts buffers, and no backend broadcasts the int16 residual"
-            ),
-        ),
-    ],
+    [torch.float32, torch.bfloat16],
 )
 def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype):
     with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +74,8 @@ def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert {name for name in everything if not same(everything[name], other_everything[name])} == set()
     assert loss == other_loss
+    if dtype == torch.bfloat16:
+        return  # its rounding turns the sign of small gradients, which Adam makes whole steps of
     one_process = Loop(CONFIG, tiny_model(dtype))
     one_process.run(1, 10)
     # The mean of two half-batch gradients is the whole batch's to rounding, which Adam hardly amplifies here.

@@ -127,19 +127,19 @@ class LoRALinear(nn.Module):
         """
         return torch.float32 if self.weight.device.type == "mps" else torch.float64
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply base and factors.
 
         Args:
-            x: (..., in_features), in the dtype the plain layer would take.
+            input: (..., in_features), in the dtype the plain layer would take.
 
         Returns:
             (..., out_features). Right after injection or a restart it is the base's output, bit for bit.
         """
-        # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not x.
-        low = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-        low = F.linear(low, self.lora_A.to(x.dtype)) * self.scaling
-        return self._base(x) + F.linear(low, self.lora_B.to(x.dtype))
+        # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
+        low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
+        low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling
+        return self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
 
     def _base(self, x: Tensor) -> Tensor:
         if not self.is_transposed:

@@ -69,6 +69,7 @@ def function_weights(model: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
+            module.drop_stale_residual_()
             everything = slice(None)
             delta = module.delta()
             weights[canonical_name(name)] = (module.master_rows(everything).to(delta.dtype) + delta).cpu()

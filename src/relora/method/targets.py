@@ -92,6 +92,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight or bias is computed by a parametrization"
     if weight.dtype not in SUPPORTED_DTYPES:
         return f"its weight is stored as {weight.dtype}"
+    if weight.ndim == 2 and min(weight.shape) < 2:
+        return "a side of 1 leaves no room for a rank"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if own_forward or "forward" in vars(module):
         return f"{type(module).__name__} computes its output in its own way"

@@ -44,9 +44,11 @@ class Processes:
         if self.world_size == 1:
             return wrapped
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            wrapped, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        parallel = DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
+        # Buffers are constants here; ranks agree on them since construction. (Set afterwards, since torch
+        # names the argument differently from version to version.)
+        parallel.broadcast_buffers = False
+        return parallel
 
     def main_first(self, action: Callable[[], Result]) -> Result:
         """Do something on the main process, then on the others, which find its files."""

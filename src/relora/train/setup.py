@@ -26,7 +26,7 @@ def build_state(model: PreTrainedModel, plan: Plan, here: Processes, *, low_rank
     """
     recipe = plan.recipe
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     cast(nn.Module, model).to(here.device)
     phase = plan.phase(1)
     state = RunState(
