@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from relora import ReLoRAConfig, inject
 from relora.checkpoint.store import load_checkpoint
 from relora.errors import CheckpointError, ConfigError, NonFiniteError
 from relora.train.evaluate import evaluate_path
@@ -176,6 +177,14 @@ def test_run_starts_from_a_hugging_face_folder(finished: Path, tmp_path: Path) -
     first = records(fit(recipe).folder / "metrics.jsonl")[0]
     summary = json.loads((finished / "summary.json").read_text())
     assert first["train/loss"] == pytest.approx(summary["eval/loss"], abs=0.5)
+
+
+def test_folder_saved_with_its_factors_is_refused(finished: Path, tmp_path: Path) -> None:
+    model = load_saved(finished).model
+    inject(model, ReLoRAConfig(rank=3))
+    model.save_pretrained(tmp_path / "unfolded")
+    with pytest.raises(ConfigError, match="holds low-rank factors"):
+        load_saved(tmp_path / "unfolded")
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_its_checkpoints(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -49,6 +50,7 @@ def load_pretrained(origin: str) -> PreTrainedModel:
         ConfigError: if it does not load.
     """
     folder = Path(origin).expanduser()
+    _refuse_factors(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -62,3 +64,18 @@ def load_pretrained(origin: str) -> PreTrainedModel:
         ) from error
     assert isinstance(loaded, PreTrainedModel)
     return loaded
+
+
+def _refuse_factors(folder: Path) -> None:
+    """Refuse a folder saved with its factors: `from_pretrained` would drop them with a warning at most."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt") as file:
+                factors = [key for key in file.keys() if key.endswith(".lora_A")]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is not a safetensors file: {error}") from error
+        if factors:
+            raise ConfigError(
+                f"{path} holds low-rank factors ({factors[0]} and more): fold(model) before "
+                "saving it, or export the run it comes from"
+            )
