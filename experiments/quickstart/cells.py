@@ -78,6 +78,13 @@ def lora(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
     return Cell(arm="lora", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
 
 
+PEAK = 4e-3
+"""The best full-rank learning rate of the stage "full"; every warm start uses it."""
+
 CELLS = [
     *(full(lr, stage="full", seed=seed) for seed in (0, 1) for lr in (2e-3, 4e-3)),
+    full(8e-3, stage="tune"),
+    *(one_sided(PEAK, times, stage="tune") for times in (2, 4)),
+    *(lora(PEAK, times, stage="tune") for times in (2, 4)),
+    *(both(PEAK, times, stage="tune") for times in (2, 4)),
 ]

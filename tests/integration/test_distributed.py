@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from relora.train.config import Recipe
+from relora.train.fit import fit
 from relora.train.recipe_io import write_recipe
-from relora.train.trainer import fit
 from tiny_run import tiny_recipe
 
 

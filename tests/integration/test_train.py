@@ -14,10 +14,10 @@ from relora.checkpoint.store import load_checkpoint
 from relora.errors import CheckpointError, ConfigError, NonFiniteError
 from relora.train.evaluate import evaluate_path
 from relora.train.export import export_run
+from relora.train.fit import fit
 from relora.train.generate import generate_from
 from relora.train.inspect import inspect_run
 from relora.train.saved import load_saved
-from relora.train.trainer import fit
 from tiny_run import tiny_recipe
 
 
@@ -232,7 +232,7 @@ def _fit_until(recipe: object, last_step: int) -> None:
                 raise _Death
             return super()._step(step)
 
-    import relora.train.trainer as module
+    import relora.train.fit as module
 
     module.Trainer = Mortal
     try:

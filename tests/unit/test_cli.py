@@ -165,7 +165,7 @@ def fake_fit(calls: list) -> Callable[..., object]:
 def fits(monkeypatch):
     """Stand in for the trainer, which has tests of its own: what the verb asks of it is looked at here."""
     calls: list = []
-    monkeypatch.setitem(sys.modules, "relora.train.trainer", SimpleNamespace(fit=fake_fit(calls)))
+    monkeypatch.setitem(sys.modules, "relora.train.fit", SimpleNamespace(fit=fake_fit(calls)))
     return calls
 
 

@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     )
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
-        from relora.train.trainer import fit
+        from relora.train.fit import fit
 
         result = fit(recipe, overwrite=arguments.overwrite, fork=arguments.fork)
         if result.exit_code == 0 and is_main_process():

@@ -59,6 +59,14 @@ class Processes:
         self.barrier()
         return action()
 
+    def from_main(self, action: Callable[[], Result]) -> Result:
+        """Do something on the main process alone, and hand its result to the others."""
+        if self.world_size == 1:
+            return action()
+        results: list[Result | None] = [action() if self.is_main else None]
+        dist.broadcast_object_list(results, src=0)
+        return cast(Result, results[0])
+
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over ranks, in place."""
         if self.world_size > 1:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
+from relora.errors import OptimizerResetError
 from relora.method.config import ReLoRAConfig
 from relora.method.inject import InjectReport, inject, lora_parameters
 from relora.method.restart import ReLoRA
+from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
 
@@ -113,6 +115,15 @@ def method_config(recipe: Recipe) -> ReLoRAConfig:
 def inject_factors(model: nn.Module, recipe: Recipe) -> InjectReport:
     """Switch a model to low rank; its seeds are the run's."""
     return inject(model, method_config(recipe), seed=recipe.run.seed)
+
+
+def refuse_dead_cycle(restart: RestartReport) -> None:
+    """Raise OptimizerResetError if a restart had nothing to merge: the factors did not train."""
+    if len(restart.merge.unmoved_layers) == restart.num_layers:
+        raise OptimizerResetError(
+            f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved "
+            "in its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The training loop: `fit` opens a run, `Trainer.run` takes it from wherever it is to its last step."""
+"""The training loop: from wherever a run is to its last step."""
 
 import time
 from contextlib import ExitStack
@@ -8,21 +8,18 @@ from typing import Any
 
 from relora.checkpoint.store import load_checkpoint, retire
 from relora.data.batches import TokenBatches
-from relora.data.prepare import PreparedData, prepare
-from relora.errors import ConfigError, OptimizerResetError
-from relora.log.stages import StageLines
+from relora.data.prepared import PreparedData
 from relora.method.restart_report import RestartReport
-from relora.train.config import Recipe
 from relora.train.evaluate import evaluate
 from relora.train.model import build_model
-from relora.train.parallel import Processes, processes
-from relora.train.phase import Plan
+from relora.train.parallel import Processes
+from relora.train.phase import Plan, refuse_dead_cycle
 from relora.train.precision import resolve_precision
-from relora.train.reporting import Reporter, read_summary
-from relora.train.run_folder import OpenedRun, open_run
+from relora.train.reporting import Reporter
+from relora.train.run_folder import OpenedRun
 from relora.train.saved import empty_model
 from relora.train.setup import at_low_rank, build_state, save_model_files
-from relora.train.signals import StopRequest, stop_on_signals
+from relora.train.signals import StopRequest
 from relora.train.state import restore_state_, save_state
 from relora.train.step import StepResult, train_step_
 from relora.train.summary import summarise
@@ -39,34 +36,6 @@ class TrainResult:
     """0, or 130 or 143 after SIGINT or SIGTERM."""
     was_finished: bool = False
     """Whether there was nothing left to train."""
-
-
-def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> TrainResult:
-    """Train by a recipe, from step 0 or from the newest checkpoint of its folder.
-
-    Args:
-        recipe: The run.
-        overwrite: Remove the run that is there first.
-        fork: Name of a new run to begin from this one's newest checkpoint.
-
-    Raises:
-        ConfigError, DataError, CheckpointError, NonFiniteError: each with cause, place and remedy; what is on
-            disk stays.
-    """
-    with processes(recipe.distributed.strategy) as here:
-        share = recipe.train.micro_batch_size * here.world_size
-        if recipe.train.batch_size % share:
-            raise ConfigError(
-                f"train.batch_size {recipe.train.batch_size} must be a multiple of train.micro_batch_size "
-                f"times the {here.world_size} processes, {share}"
-            )
-        opened = here.main_first(lambda: open_run(recipe, overwrite=overwrite, fork=fork))
-        if (summary := read_summary(opened.folder)) is not None and opened.resume_from is not None:
-            return TrainResult(folder=opened.folder, summary=summary, exit_code=0, was_finished=True)
-        tell = StageLines() if here.is_main else None
-        data = here.main_first(lambda: prepare(opened.recipe.data, progress=tell))
-        with stop_on_signals() as request:
-            return Trainer(opened, data, here, request).run()
 
 
 class Trainer:
@@ -92,11 +61,11 @@ class Trainer:
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
         if left_out is not None:
-            self._check_restart(left_out)
+            self._count_restart(left_out)
             self.reporter.step(left_out)
 
     def run(self) -> TrainResult:
-        """Train to the last step, or until asked to stop; every way out leaves a checkpoint."""
+        """Train to the last step, or until asked to stop; both leave a checkpoint."""
         begun, before_s = time.perf_counter(), self.state.progress.wall_s
         progress = self.state.progress
         with ExitStack() as stack:
@@ -110,11 +79,8 @@ class Trainer:
                 progress.wall_s = before_s + time.perf_counter() - begun
                 self.reporter.step(restart)
                 stopping = self.here.any(self.request.signal_number is not None)
-                if (
-                    self._is_due(step, self.recipe.checkpoint.every)
-                    or stopping
-                    or step == self.plan.switch_step
-                ):
+                is_due = self._is_due(step, self.recipe.checkpoint.every)
+                if is_due or stopping or step == self.plan.switch_step:
                     self._save()
                 if stopping and step < self.recipe.total_steps:
                     return self._stopped()
@@ -143,7 +109,7 @@ class Trainer:
         )
         restart = None if state.relora is None else state.relora.after_step(step)
         if restart is not None:
-            self._check_restart(restart)
+            self._count_restart(restart)
         state.progress.step = step
         state.progress.tokens += recipe.tokens_per_step
         self._record(step, result)
@@ -179,13 +145,9 @@ class Trainer:
         self.wrapped = self.here.wrap_for_training(self.state.model, compile_it=self.recipe.train.compile)
         self.reporter.switched(report)
 
-    def _check_restart(self, restart: RestartReport) -> None:
+    def _count_restart(self, restart: RestartReport) -> None:
+        refuse_dead_cycle(restart)
         self.state.progress.restarts = restart.restart_index
-        if len(restart.merge.unmoved_layers) == restart.num_layers:
-            raise OptimizerResetError(
-                f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved "
-                "in its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
-            )
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.recipe.total_steps or (every > 0 and step % every == 0)
