@@ -87,4 +87,7 @@ CELLS = [
     *(one_sided(PEAK, times, stage="tune") for times in (2, 4)),
     *(lora(PEAK, times, stage="tune") for times in (2, 4)),
     *(both(PEAK, times, stage="tune") for times in (2, 4)),
+    lora(PEAK, 2, stage="seeds", seed=1),
+    both(PEAK, 2, stage="seeds", seed=1),
+    one_sided(PEAK, 2, stage="seeds", seed=1),
 ]
