@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from reference.pruning import smallest
-from relora import ConfigError, NonFiniteError, OptimizerResetError, reset_optimizer_state_
+from relora import (
+    ConfigError,
+    NonFiniteError,
+    OptimizerResetError,
+    ReLoRAConfig,
+    inject,
+    lora_parameters,
+    reset_optimizer_state_,
+)
 from relora.method.reset import lowest
 
 SHAPES = {"first": (3, 7), "second": (11,), "third": (5, 1), "bystander": (4, 6)}
@@ -286,3 +294,14 @@ def test_parameters_of_another_optimizer_are_refused_by_name():
     with pytest.raises(ConfigError, match="does not hold stranger0, stranger1, stranger2 and 2 more"):
         reset_optimizer_state_(optimizer, [*chosen(params), *strangers], method="zero")
     assert all(optimizer.state[params[name]]["exp_avg"].all() for name in NAMES)
+
+
+def test_a_frozen_factor_needs_no_place_in_the_optimizer():
+    model = nn.Sequential(nn.Linear(7, 9))
+    inject(model, ReLoRAConfig(rank=3, factors="B"))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    model(torch.randn(5, 7)).square().mean().backward()
+    optimizer.step()
+    report = reset_optimizer_state_(optimizer, lora_parameters(model), method="zero")
+    assert report.without_state == ("0.lora_A",)
+    assert report.entries_zeroed == 2 * 9 * 3

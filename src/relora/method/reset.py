@@ -134,7 +134,8 @@ def check_resettable(
     adapter = adapter_for(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = _named(params)
-    strangers = [name for name, parameter in named if id(parameter) not in held]
+    # A frozen lora_A has no state to reset, and no place in an optimizer.
+    strangers = [name for name, p in named if p.requires_grad and id(p) not in held]
     if strangers:
         raise ConfigError(
             f"{type(optimizer).__name__} does not hold {_shorten(strangers)}: build the optimizer after "
