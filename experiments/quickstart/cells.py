@@ -79,15 +79,9 @@ def lora(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
 
 
 PEAK = 4e-3
-"""The best full-rank learning rate of the stage "full"; every warm start uses it."""
+"""The best full-rank learning rate of the stage "full"; warm starts use it where no other is named."""
 
 CELLS = [
-    *(full(lr, stage="full", seed=seed) for seed in (0, 1) for lr in (2e-3, 4e-3)),
-    full(8e-3, stage="tune"),
-    *(one_sided(PEAK, times, stage="tune") for times in (2, 4)),
-    *(lora(PEAK, times, stage="tune") for times in (2, 4)),
-    *(both(PEAK, times, stage="tune") for times in (2, 4)),
-    lora(PEAK, 2, stage="seeds", seed=1),
-    both(PEAK, 2, stage="seeds", seed=1),
-    one_sided(PEAK, 2, stage="seeds", seed=1),
+    *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
+    *(arm(PEAK, times, stage="tune") for times in (1, 2, 4, 8) for arm in (one_sided, lora, both)),
 ]
