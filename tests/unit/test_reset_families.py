@@ -250,3 +250,27 @@ def test_an_adapter_that_clears_codes_instead_of_values_is_found_out():
     params, optimizer = stepped(Miscoded, {})
     with pytest.raises(OptimizerResetError, match="of 35 targeted entries 0 are 0"):
         reset_optimizer_state_(optimizer, params[:1], method="zero")
+
+
+class StatesAreCopies(torch.optim.AdamW):
+    """As wrappers do that gather sharded states: once trained, `state` is a copy made on demand."""
+
+    is_trained = False
+
+    @property
+    def state(self):
+        if not self.is_trained:
+            return self.kept
+        return {parameter: copy.deepcopy(state) for parameter, state in self.kept.items()}
+
+    @state.setter
+    def state(self, value):
+        self.kept = value
+
+
+@pytest.mark.parametrize("settings", [{"method": "zero"}, {"method": "none", "reset_step_count": True}])
+def test_a_reset_of_a_copy_of_the_states_is_found_out(settings):
+    params, optimizer = stepped(StatesAreCopies, {})
+    optimizer.is_trained = True
+    with pytest.raises(OptimizerResetError, match="parameter 0"):
+        reset_optimizer_state_(optimizer, params, **settings)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.errors import ConfigError, NonFiniteError, OptimizerResetError
-from relora.method.adapters import OptimizerAdapter, State, adapter_for, holds_values
+from relora.method.adapters import OptimizerAdapter, adapter_for, holds_values
 from relora.method.config import ResetMask, ResetMethod
 from relora.method.seeds import derived_generator
 
@@ -103,16 +103,15 @@ def reset_optimizer_state_(
             f"optimizer reset: method must be one of {', '.join(RESET_METHODS)} and ratio within 0 to 1, "
             f"not {method!r} and {ratio!r}"
         )
-    adapter = adapter_for(optimizer)
     named = _named(params)
     check_resettable(optimizer, named, method=method)
-    with_state = [(name, optimizer.state[p]) for name, p in named if optimizer.state.get(p)]
+    with_state = [(name, parameter) for name, parameter in named if optimizer.state.get(parameter)]
     choose = RESET_METHODS[method]
     resets = []
-    for name, state in with_state:
+    for name, parameter in with_state:
         generator = derived_generator(seed, name, "optimizer reset")
-        resets.append(_reset_parameter_(adapter, state, name, choose, ratio, mask, generator))
-    counts = sum(_reset_step_(adapter, state, name) for name, state in with_state) if reset_step_count else 0
+        resets.append(_reset_parameter_(optimizer, parameter, name, choose, ratio, mask, generator))
+    counts = sum(_reset_step_(optimizer, p, name) for name, p in with_state) if reset_step_count else 0
     return ResetReport(
         method=method,
         parameters=tuple(resets),
@@ -158,33 +157,34 @@ def check_resettable(
 
 
 def _reset_parameter_(  # noqa: PLR0917
-    adapter: OptimizerAdapter,
-    state: State,
+    optimizer: Optimizer,
+    parameter: Tensor,
     name: str,
     choose: "Choose",
     ratio: float,
     mask: ResetMask,
     generator: torch.Generator,
 ) -> ParameterReset:
-    moments = adapter.held_moments(state)
+    adapter = adapter_for(optimizer)
+    moments = adapter.held_moments(optimizer.state[parameter])
     entries = targeted = zeroed = touched = 0
     shared: Tensor | None = None
     for moment in moments:
-        values = adapter.read(state, moment)
+        values = adapter.read(optimizer.state[parameter], moment)
         if mask == "separate" or shared is None or shared.shape != values.shape:
             chosen = choose(values, ratio, generator)
             if chosen is None:
                 break
             shared = chosen
         expected = values.masked_fill(shared, 0)
-        adapter.clear_(state, moment, shared)
-        after = adapter.read(state, moment)
+        adapter.clear_(optimizer.state[parameter], moment, shared)
+        # Asked for again, since a wrapper's `state` may be a copy that clearing leaves no trace in.
+        after = adapter.read(optimizer.state[parameter], moment)
         if not torch.equal(after, expected):
             raise OptimizerResetError(
                 f"optimizer reset of {moment!r} of {name}: of {int(shared.sum())} targeted entries "
                 f"{int((after[shared] == 0).sum())} are 0 and {int((after != expected).sum())} entries are "
-                f"not what they should be: {type(adapter).__name__} for {adapter.optimizer.__name__} is "
-                "broken"
+                f"not what they should be: {_broken(adapter)}"
             )
         touched += 1
         entries += values.numel()
@@ -195,14 +195,22 @@ def _reset_parameter_(  # noqa: PLR0917
     )
 
 
-def _reset_step_(adapter: OptimizerAdapter, state: State, name: str) -> bool:
-    was_reset = adapter.reset_step_(state)
-    if adapter.step in state and float(state[adapter.step]):
+def _reset_step_(optimizer: Optimizer, parameter: Tensor, name: str) -> bool:
+    adapter = adapter_for(optimizer)
+    was_reset = adapter.reset_step_(optimizer.state[parameter])
+    count = float(optimizer.state[parameter].get(adapter.step, 0))
+    if count:
         raise OptimizerResetError(
-            f"the step count of {name} is {float(state[adapter.step]):g} after its reset: "
-            f"{type(adapter).__name__} for {adapter.optimizer.__name__} is broken"
+            f"the step count of {name} is {count:g} after its reset: {_broken(adapter)}"
         )
     return was_reset
+
+
+def _broken(adapter: OptimizerAdapter) -> str:
+    return (
+        f"{type(adapter).__name__} for {adapter.optimizer.__name__} is broken, or the optimizer hands out "
+        "copies of its states"
+    )
 
 
 Choose = Callable[[Tensor, float, torch.Generator], Tensor | None]
