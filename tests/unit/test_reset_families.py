@@ -274,3 +274,17 @@ def test_a_reset_of_a_copy_of_the_states_is_found_out(settings):
     optimizer.is_trained = True
     with pytest.raises(OptimizerResetError, match="parameter 0"):
         reset_optimizer_state_(optimizer, params, **settings)
+
+
+def test_encoded_states_without_an_adapter_that_decodes_them_are_refused():
+    class Compressed(torch.optim.AdamW):
+        pass
+
+    params, optimizer = stepped(Compressed, {})
+    codes = torch.full((3, 4), 7, dtype=torch.uint8)
+    optimizer.state[params[1]]["exp_avg"] = codes
+    untouched = optimizer.state[params[0]]["exp_avg"].clone()
+    with pytest.raises(ConfigError, match=r"'exp_avg' is stored as torch\.uint8.*register"):
+        reset_optimizer_state_(optimizer, params, method="zero")
+    assert torch.equal(codes, torch.full_like(codes, 7))
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], untouched)
