@@ -8,6 +8,7 @@ cleared is read back and compared: a reset that did not happen raises.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +94,13 @@ def reset_optimizer_state_(
 
     Raises:
         ConfigError: for an unknown optimizer family or state, a parameter that is not the optimizer's, or
-            a method or ratio out of range.
+            a method, ratio or mask out of range.
         NonFiniteError: if a state holds NaN or infinity; nothing has changed then.
         OptimizerResetError: if the state does not read as it should afterwards, or nothing was touched
             although the optimizer has states.
     """
-    if method not in RESET_METHODS or not 0 <= ratio <= 1:
-        raise ConfigError(
-            f"optimizer reset: method must be one of {', '.join(RESET_METHODS)} and ratio within 0 to 1, "
-            f"not {method!r} and {ratio!r}"
-        )
+    if violations := _violations(method, ratio, mask):
+        raise ConfigError.from_violations("optimizer reset", violations)
     named = _named(params)
     check_resettable(optimizer, named, method=method)
     with_state = [(name, parameter) for name, parameter in named if optimizer.state.get(parameter)]
@@ -146,7 +144,10 @@ def check_resettable(
         for moment in adapter.held_moments(state):
             held_moments += 1
             if not adapter.read(state, moment).isfinite().all():
-                raise NonFiniteError(f"optimizer state {moment!r} of {name} holds NaN or infinity")
+                raise NonFiniteError(
+                    f"optimizer state {moment!r} of {name} holds NaN or infinity: go back to the last good "
+                    "checkpoint, and lower the learning rate or clip gradients"
+                )
     has_states = any(map(holds_values, optimizer.state.values()))
     if method != "none" and not held_moments and has_states:
         raise OptimizerResetError(
@@ -266,9 +267,29 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
+def _violations(method: object, ratio: object, mask: object) -> list[str]:
+    violations = []
+    if method not in RESET_METHODS:
+        violations.append(f"method must be one of {', '.join(RESET_METHODS)}, not {method!r}")
+    if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        violations.append(f"ratio must be within 0 to 1, not {ratio!r}")
+    if mask not in get_args(ResetMask):
+        violations.append(f"mask must be one of {', '.join(get_args(ResetMask))}, not {mask!r}")
+    return violations
+
+
 def _named(params: Iterable[nn.Parameter | tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    pairs = enumerate(params)
-    return [item if isinstance(item, tuple) else (f"parameter {index}", item) for index, item in pairs]
+    """Name the parameters that come without a name, each once, however often it is given."""
+    named: dict[int, tuple[str, nn.Parameter]] = {}
+    for index, item in enumerate(params):
+        name, value = item if isinstance(item, tuple) and len(item) == 2 else (f"parameter {index}", item)
+        if not isinstance(value, Tensor) or isinstance(params, Tensor):
+            raise ConfigError(
+                "optimizer reset: params must be an iterable of parameters or (name, parameter) pairs, such "
+                f"as lora_parameters(model), not a {type(params).__name__} of {type(item).__name__}"
+            )
+        named.setdefault(id(value), (name, value))
+    return list(named.values())
 
 
 def _shorten(names: Sequence[str], most: int = 3) -> str:
