@@ -90,6 +90,8 @@ def _obstacle(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return "its weight or bias is computed by a parametrization"
+    if hasattr(weight, "__tensor_flatten__"):  # quantised in a tensor that only says it is floating-point
+        return f"its weight is stored as {type(weight).__name__}"
     if weight.dtype not in SUPPORTED_DTYPES:
         return f"its weight is stored as {weight.dtype}"
     if weight.ndim == 2 and min(weight.shape) < 2:
