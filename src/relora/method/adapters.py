@@ -38,9 +38,11 @@ class OptimizerAdapter:
         """
         values = state[moment]
         assert isinstance(values, Tensor)
-        if not values.is_floating_point():
+        is_wrapper = hasattr(values, "__tensor_flatten__")  # sharded, or quantised
+        if is_wrapper or not values.is_floating_point():
+            stored_as = type(values).__name__ if is_wrapper else values.dtype
             raise ConfigError(
-                f"optimizer state {moment!r} is stored as {values.dtype}, which the adapter for "
+                f"optimizer state {moment!r} is stored as {stored_as}, which the adapter for "
                 f"{self.optimizer.__name__} does not decode; register one whose read and clear_ do "
                 "(relora.method.adapters)"
             )

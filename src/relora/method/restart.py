@@ -18,7 +18,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.method.adapters import adapter_for
 from relora.method.config import ReLoRAConfig, ResetMethod
 from relora.method.linear import LoRALinear, lora_layers
-from relora.method.merge import merge_, reinit_
+from relora.method.merge import merge_, refuse_sharded, reinit_
 from relora.method.reset import check_resettable, reset_optimizer_state_
 from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar
@@ -191,11 +191,8 @@ class ReLoRA:
         }
 
     def _refuse_unfit_layers(self) -> None:
+        refuse_sharded(self._layers)
         for layer in self._layers:
-            if hasattr(layer.weight, "placements") or hasattr(layer.lora_B, "placements"):
-                raise ConfigError(
-                    f"{layer.name} is sharded (DTensor): restarts of sharded layers are not known yet"
-                )
             if layer.config == self.config:
                 continue
             mine, theirs = asdict(self.config), asdict(layer.config)
