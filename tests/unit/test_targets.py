@@ -235,3 +235,4 @@ def test_asking_an_uninjected_model_for_factors_says_what_to_do() -> None:
 def test_layer_with_a_side_of_one_is_passed_over() -> None:
     model = nn.ModuleDict({"gate": nn.Linear(12, 1), "up": nn.Linear(12, 20)})
     assert [layer.name for layer in inject(model, ReLoRAConfig(rank=3)).wrapped] == ["up"]
+    refused(nn.Linear(12, 1), R3, "the model: a side of 1")

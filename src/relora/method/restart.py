@@ -99,7 +99,10 @@ class ReLoRA:
                 f"{self._step + 1} was expected (load_state_dict resumes a counter)"
             )
         if self.calendar.end is not None and step > self.calendar.end:
-            raise ConfigError(f"after_step({step}) lies past end={self.calendar.end}")
+            raise ConfigError(
+                f"after_step({step}) lies past end={self.calendar.end}, the last step: build ReLoRA with the "
+                "end of the longer run"
+            )
         keep = self._keep
         if self.config.base_weight_decay:
             keep *= 1 - self._factor_lr() * self.config.base_weight_decay
@@ -178,7 +181,10 @@ class ReLoRA:
             raise CheckpointError(f"ReLoRA state must hold exactly {sorted(wanted)}, not {sorted(state)}")
         other = [f"{k} {state[k]!r} (here {v!r})" for k, v in self._identity().items() if state[k] != v]
         if other:
-            raise CheckpointError(f"ReLoRA state is of another run: {', '.join(other)}")
+            raise CheckpointError(
+                f"ReLoRA state is of another run: {', '.join(other)}; build ReLoRA with the seed, start and "
+                "cycles it was saved with"
+            )
         self._step, self._keep = state["step"], state["keep"]
         self.restart_index, self._restarted_at = state["restart_index"], state["restarted_at"]
 
@@ -197,7 +203,10 @@ class ReLoRA:
                 continue
             mine, theirs = asdict(self.config), asdict(layer.config)
             fields = [f"{k} {theirs[k]!r} (here {mine[k]!r})" for k in mine if mine[k] != theirs[k]]
-            raise ConfigError(f"{layer.name} was injected with another config: {', '.join(fields)}")
+            raise ConfigError(
+                f"{layer.name} was injected with another config: {', '.join(fields)}; pass inject and ReLoRA "
+                "the same"
+            )
 
     def _refuse_other_factors(self) -> None:
         made_for = {id(parameter) for _, factors in self._held for _, parameter in factors}
