@@ -170,9 +170,7 @@ def test_another_config_than_that_of_injection_is_refused_with_its_fields():
     model = tiny_model()
     inject(model, CONFIG)
     other = replace(CONFIG, restart_every=5, reset="zero")
-    with pytest.raises(
-        ConfigError, match=r"restart_every 4 \(here 5\), reset 'magnitude' \(here 'zero'\).*pass"
-    ):
+    with pytest.raises(ConfigError, match=r"restart_every 4 \(here 5\), reset 'magnitude'.*pass"):
         ReLoRA(model, adamw(model), other)
 
 
