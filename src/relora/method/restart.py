@@ -5,6 +5,7 @@ before the first weight changes. It happens in place, so Parameters, the optimiz
 compiled graphs and DDP buckets stay valid.
 """
 
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -93,6 +94,7 @@ class ReLoRA:
             NonFiniteError: if a merged weight or an optimizer state would not be finite; nothing has changed.
             OptimizerResetError: if the reset did not do what it reports.
         """
+        step = operator.index(step)  # a loop may count in numpy or torch integers, which are not JSON
         if step != self._step + 1:
             raise ConfigError(
                 f"after_step({step}) follows step {self._step}: steps come in order, one call for each; "
