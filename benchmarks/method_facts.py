@@ -80,9 +80,25 @@ def main() -> None:
         "orthonormal, scaling 1": ReLoRAConfig(rank=128, init="orthonormal"),
         "matched, factors='B'": ReLoRAConfig(rank=128, factors="B", scaling_rule="matched"),
     }
+    grown = {
+        f"rank {rank} of {side}": step_in_weight(
+            ReLoRAConfig(rank=rank, alpha=32), out_features=side, in_features=side
+        )
+        for rank, side in ((256, 768), (512, 2048))
+    }
+    matched_kaiming = {
+        f"rank {rank} of 768": step_in_weight(
+            ReLoRAConfig(rank=rank, scaling_rule="matched"), out_features=768, in_features=768
+        )
+        for rank in (48, 192)
+    }
     facts = {
         "step_in_weight_over_lr_512x512": {
             name: round(step_in_weight(config, **shape), 3) for name, config in recipes.items()
+        },
+        "full_rank_step_over_that_of_alpha_32": {name: round(1 / step, 1) for name, step in grown.items()},
+        "step_in_weight_over_lr_matched_kaiming": {
+            name: round(step, 3) for name, step in matched_kaiming.items()
         },
         "adam_update_after_reset_over_lr": {
             f"beta2 {beta2}, step count {'reset' if reset else 'kept'}": {
@@ -105,7 +121,7 @@ def main() -> None:
     for title, values in facts.items():
         print(title.replace("_", " "))
         for name, value in values.items():
-            print(f"  {name}: {value if isinstance(value, dict) else format(value, '.3g')}")
+            print(f"  {name}: {value if isinstance(value, dict) else format(value, '.4g')}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,23 @@ def factors_digest(model: nn.Module) -> str:
     for _, parameter in lora_parameters(model):
         digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "orthonormal"])
+def test_factors_do_not_depend_on_the_number_of_threads(init: Any) -> None:
+    threads_before = torch.get_num_threads()
+    digests = set()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            layer = linear(333, 120)
+            inject(layer, ReLoRAConfig(rank=100, init=init))
+            merge_and_reinit_(layer, seed=0, restart_index=1)
+            digests.add(factors_digest(layer))
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(threads_before)
+    assert len(digests) == 1
 
 
 def test_factors_depend_on_seed_restart_and_name_alone() -> None:

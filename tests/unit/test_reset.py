@@ -274,18 +274,43 @@ def test_states_that_are_not_finite_are_refused_with_nothing_changed(method, poi
     params, optimizer = stepped()
     optimizer.state[params["third"]]["exp_avg_sq"][2] = poison
     before = state_of(optimizer, params)
-    with pytest.raises(NonFiniteError, match=r"exp_avg_sq.*third"):
+    with pytest.raises(NonFiniteError, match=r"exp_avg_sq.*third.*last good checkpoint"):
         reset_optimizer_state_(optimizer, chosen(params), method=method, reset_step_count=True)
     for name, parameter in params.items():
         for key, value in before[name].items():
             assert torch.allclose(optimizer.state[parameter][key], value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("method", "ratio"), [("half", 0.5), ("random", 1.5), ("zero", float("nan"))])
+@pytest.mark.parametrize(
+    ("method", "ratio"), [("half", 0.5), ("random", 1.5), ("zero", float("nan")), ("random", "1")]
+)
 def test_method_or_ratio_out_of_range_is_refused(method, ratio):
     params, optimizer = stepped()
-    with pytest.raises(ConfigError, match="method must be one of"):
+    with pytest.raises(ConfigError, match=r"method must be one of|ratio must be within 0 to 1"):
         reset_optimizer_state_(optimizer, chosen(params), method=method, ratio=ratio)
+
+
+def test_a_mask_that_does_not_exist_is_refused():
+    params, optimizer = stepped()
+    with pytest.raises(ConfigError, match="mask must be one of coupled, separate, not 'both'"):
+        reset_optimizer_state_(optimizer, chosen(params), method="magnitude", mask="both")
+
+
+def test_a_parameter_given_twice_is_reset_once():
+    params, optimizer = stepped()
+    twice = [("first", params["first"]), ("again", params["first"])]
+    report = reset_optimizer_state_(optimizer, twice, method="random", ratio=0.5)
+    assert num_zeros(optimizer.state[params["first"]]["exp_avg"]) == round(0.5 * 21)
+    assert [reset.name for reset in report.parameters] == ["first"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda p: p.keys(), lambda p: p["first"], lambda p: [["first", p["first"]]], lambda p: [()]]
+)
+def test_what_is_no_parameter_is_refused(wrong):
+    params, optimizer = stepped()
+    with pytest.raises(ConfigError, match=r"parameters or \(name, parameter\) pairs"):
+        reset_optimizer_state_(optimizer, wrong(params), method="zero")
 
 
 def test_parameters_of_another_optimizer_are_refused_by_name():

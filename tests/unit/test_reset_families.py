@@ -250,3 +250,41 @@ def test_an_adapter_that_clears_codes_instead_of_values_is_found_out():
     params, optimizer = stepped(Miscoded, {})
     with pytest.raises(OptimizerResetError, match="of 35 targeted entries 0 are 0"):
         reset_optimizer_state_(optimizer, params[:1], method="zero")
+
+
+class StatesAreCopies(torch.optim.AdamW):
+    """As wrappers do that gather sharded states: once trained, `state` is a copy made on demand."""
+
+    is_trained = False
+
+    @property
+    def state(self):
+        if not self.is_trained:
+            return self.kept
+        return {parameter: copy.deepcopy(state) for parameter, state in self.kept.items()}
+
+    @state.setter
+    def state(self, value):
+        self.kept = value
+
+
+@pytest.mark.parametrize("settings", [{"method": "zero"}, {"method": "none", "reset_step_count": True}])
+def test_a_reset_of_a_copy_of_the_states_is_found_out(settings):
+    params, optimizer = stepped(StatesAreCopies, {})
+    optimizer.is_trained = True
+    with pytest.raises(OptimizerResetError, match="parameter 0"):
+        reset_optimizer_state_(optimizer, params, **settings)
+
+
+def test_encoded_states_without_an_adapter_that_decodes_them_are_refused():
+    class Compressed(torch.optim.AdamW):
+        pass
+
+    params, optimizer = stepped(Compressed, {})
+    codes = torch.full((3, 4), 7, dtype=torch.uint8)
+    optimizer.state[params[1]]["exp_avg"] = codes
+    untouched = optimizer.state[params[0]]["exp_avg"].clone()
+    with pytest.raises(ConfigError, match=r"'exp_avg' is stored as torch\.uint8.*register"):
+        reset_optimizer_state_(optimizer, params, method="zero")
+    assert torch.equal(codes, torch.full_like(codes, 7))
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], untouched)

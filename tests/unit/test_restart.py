@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,15 @@ def test_report_is_json_and_its_totals_are_those_of_its_parts():
     assert record["step_counts_reset"] == 6
     assert record["without_state"] == record["unmoved_layers"] == []
     assert "restart 1 after step 4: 2 layers merged" in str(report)
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_report_and_state_are_json_whatever_integer_counts_the_steps(number):
+    loop = Loop(small(restart_every=1))
+    loop.update(1)
+    report = loop.relora.after_step(number(1))
+    assert json.loads(json.dumps(report.as_dict()))["step"] == 1
+    assert json.loads(json.dumps(loop.relora.state_dict()))["restarted_at"] == 1
 
 
 @pytest.mark.parametrize("rule", ["alpha/r", "learned"])

@@ -1,6 +1,5 @@
 """What a restart refuses, and that a refusal leaves every weight, state and counter as it was."""
 
-import tempfile
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,6 +17,9 @@ from relora import (
     ReLoRAConfig,
     fold,
     inject,
+    lora_parameters,
+    merge_and_reinit_,
+    reset_optimizer_state_,
 )
 from relora.method.adapters import OptimizerAdapter, register_optimizer_adapter
 
@@ -53,7 +55,7 @@ def test_a_refused_step_can_be_corrected():
 def test_steps_past_the_end_are_refused():
     loop = before_restart(end=4)
     assert loop.relora.after_step(4) is None
-    refused(loop, ConfigError, "past end=4", 5)
+    refused(loop, ConfigError, "past end=4, the last step.*ReLoRA with", 5)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -168,7 +170,7 @@ def test_another_config_than_that_of_injection_is_refused_with_its_fields():
     model = tiny_model()
     inject(model, CONFIG)
     other = replace(CONFIG, restart_every=5, reset="zero")
-    with pytest.raises(ConfigError, match=r"restart_every 4 \(here 5\), reset 'magnitude' \(here 'zero'\)"):
+    with pytest.raises(ConfigError, match=r"restart_every 4 \(here 5\), reset 'magnitude'.*pass"):
         ReLoRA(model, adamw(model), other)
 
 
@@ -178,17 +180,48 @@ def test_a_model_without_factors_is_refused():
         ReLoRA(model, adamw(model), CONFIG)
 
 
-def test_sharded_layers_are_refused_at_once():
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def slices_in_place(model):
+    """What FullyShardedDataParallel(use_orig_params=True) leaves of each weight where there are two ranks."""
+    for parameter in model.parameters():
+        parameter.data = parameter.detach().flatten()[: parameter.numel() // 2]
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("shard_", [fully_shard, slices_in_place])
+def test_sharded_layers_are_refused_with_nothing_changed(shard_):
     model = tiny_model()
     inject(model, CONFIG)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        try:
-            fully_shard(model)
-            with pytest.raises(ConfigError, match="sharded"):
-                ReLoRA(model, adamw(model), CONFIG)
-        finally:
-            dist.destroy_process_group()
+    with torch.no_grad():
+        model.up.lora_B.fill_(0.5)
+    shard_(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for use in (
+        lambda: ReLoRA(model, adamw(model), CONFIG),
+        lambda: merge_and_reinit_(model, seed=0, restart_index=1),
+        lambda: fold(model),
+    ):
+        with pytest.raises(ConfigError, match="up is sharded"):
+            use()
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_sharded_optimizer_states_are_refused():
+    model = tiny_model()
+    inject(model, CONFIG)
+    fully_shard(model)
+    optimizer = adamw(model)
+    model(torch.ones(2, 7)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match="'exp_avg' is stored as DTensor"):
+        reset_optimizer_state_(optimizer, lora_parameters(model), method="zero")
 
 
 @pytest.mark.parametrize("calendar", [{"start": -1}, {"start": 5, "end": 4}])

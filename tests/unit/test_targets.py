@@ -190,6 +190,41 @@ def test_a_model_wrapped_for_distributed_training_is_refused() -> None:
         inject(sharded, R3)
 
 
+class Packed(torch.Tensor):
+    """A weight that only says it is bfloat16, as quantised weights in a plain nn.Linear do."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> "Packed":
+        whole: Packed = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        whole.codes = codes
+        return whole
+
+    codes: torch.Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(func)
+
+
+def test_weights_stored_in_a_tensor_of_another_kind_are_listed() -> None:
+    model = nn.Sequential(linear(8, 9), linear(9, 8))
+    packed = Packed(torch.zeros(8, 9, dtype=torch.int8))
+    model[1].weight = nn.Parameter(packed, requires_grad=False)
+    report = inject(model, R3)
+    assert [layer.name for layer in report.wrapped] == ["0"]
+    assert [(w.name, w.reason) for w in report.left_alone] == [("1.weight", "its weight is stored as Packed")]
+    model = nn.Sequential(nn.Linear(9, 8))
+    model[0].weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ConfigError, match="0: its weight is stored as Packed"):
+        inject(model, R3)
+    assert type(model[0]) is nn.Linear
+
+
 def test_asking_an_uninjected_model_for_factors_says_what_to_do() -> None:
     for use in (fold, lambda m: merge_and_reinit_(m, seed=0, restart_index=1)):
         with pytest.raises(ConfigError, match=r"call inject\(model, config\) first"):
@@ -200,3 +235,4 @@ def test_asking_an_uninjected_model_for_factors_says_what_to_do() -> None:
 def test_layer_with_a_side_of_one_is_passed_over() -> None:
     model = nn.ModuleDict({"gate": nn.Linear(12, 1), "up": nn.Linear(12, 20)})
     assert [layer.name for layer in inject(model, ReLoRAConfig(rank=3)).wrapped] == ["up"]
+    refused(nn.Linear(12, 1), R3, "the model: a side of 1")

@@ -31,9 +31,21 @@ class OptimizerAdapter:
     """State key of the per-parameter step count, if there is one."""
 
     def read(self, state: State, moment: str) -> Tensor:
-        """Return the values of a moment as a floating-point tensor, decoded if need be."""
+        """Return the values of a moment as a floating-point tensor, decoded if need be.
+
+        Raises:
+            ConfigError: if they are stored in a way this adapter does not decode.
+        """
         values = state[moment]
         assert isinstance(values, Tensor)
+        is_wrapper = hasattr(values, "__tensor_flatten__")  # sharded, or quantised
+        if is_wrapper or not values.is_floating_point():
+            stored_as = type(values).__name__ if is_wrapper else values.dtype
+            raise ConfigError(
+                f"optimizer state {moment!r} is stored as {stored_as}, which the adapter for "
+                f"{self.optimizer.__name__} does not decode; register one whose read and clear_ do "
+                "(relora.method.adapters)"
+            )
         return values
 
     def clear_(self, state: State, moment: str, mask: Tensor) -> None:

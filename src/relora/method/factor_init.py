@@ -6,7 +6,8 @@ that to the learning rate itself. A new policy is one more entry of `FACTOR_INIT
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,23 @@ def _kaiming(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
 
 def _orthonormal(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
     gaussian = _blank(in_features, rank).normal_(generator=generator)
-    columns, triangle = torch.linalg.qr(gaussian)
+    with _one_thread():
+        columns, triangle = torch.linalg.qr(gaussian)
     # The sign of R's diagonal is the only freedom of QR; fixing it makes the rows uniformly distributed.
     rows: Tensor = (columns * triangle.diagonal().sign()).T.contiguous()
     return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # LAPACK rounds as its threads share the work out: ranks, or a run and its resumption, that have unlike
+    # numbers of threads would get factors that differ in their last bits, and go on from there apart.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 FACTOR_INITS: dict[str, FactorInit] = {

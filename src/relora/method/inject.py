@@ -98,7 +98,7 @@ def fold(model: nn.Module) -> nn.Module:
         The same object.
 
     Raises:
-        ConfigError: if the model holds no factors.
+        ConfigError: if the model holds no factors, or is sharded.
         NonFiniteError: if a merged weight would not be finite; nothing has changed then.
     """
     layers = lora_layers(model)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from relora.errors import NonFiniteError
+from relora.errors import ConfigError, NonFiniteError
 from relora.method.linear import LoRALinear, lora_layers
 
 
@@ -63,13 +63,28 @@ def merge_and_reinit_(model: nn.Module, *, seed: int, restart_index: int) -> Mer
             that layer's new lora_A.
 
     Raises:
-        ConfigError: if the model holds no factors.
+        ConfigError: if the model holds no factors, or is sharded.
         NonFiniteError: if any merged weight would not be finite; nothing has changed then.
     """
     layers = lora_layers(model)
     report = merge_(layers)
     reinit_(layers, seed=seed, restart_index=restart_index)
     return report
+
+
+def refuse_sharded(layers: Sequence[LoRALinear]) -> None:
+    """Refuse layers of which this process holds a part only, by FSDP of either kind.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for layer in layers:
+        is_dtensor = hasattr(layer.weight, "placements") or hasattr(layer.lora_B, "placements")
+        if is_dtensor or layer.weight.ndim != 2 or layer.lora_B.ndim != 2:
+            raise ConfigError(
+                f"{layer.name or 'the layer'} is sharded: merges into sharded layers are not known yet; "
+                "use DistributedDataParallel, or fold a whole copy of the model"
+            )
 
 
 def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> None:
@@ -87,8 +102,10 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
         keep: What weight decay leaves of the base.
 
     Raises:
+        ConfigError: if a layer is sharded.
         NonFiniteError: naming every layer whose merged weight would not be finite; nothing has changed then.
     """
+    refuse_sharded(layers)
     for layer in layers:
         layer.drop_stale_residual_()
     broken = [layer.name or "the layer" for layer in layers if not _is_mergeable(layer, keep)]

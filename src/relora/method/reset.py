@@ -8,13 +8,14 @@ cleared is read back and compared: a reset that did not happen raises.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.errors import ConfigError, NonFiniteError, OptimizerResetError
-from relora.method.adapters import OptimizerAdapter, State, adapter_for, holds_values
+from relora.method.adapters import OptimizerAdapter, adapter_for, holds_values
 from relora.method.config import ResetMask, ResetMethod
 from relora.method.seeds import derived_generator
 
@@ -93,26 +94,22 @@ def reset_optimizer_state_(
 
     Raises:
         ConfigError: for an unknown optimizer family or state, a parameter that is not the optimizer's, or
-            a method or ratio out of range.
+            a method, ratio or mask out of range.
         NonFiniteError: if a state holds NaN or infinity; nothing has changed then.
         OptimizerResetError: if the state does not read as it should afterwards, or nothing was touched
             although the optimizer has states.
     """
-    if method not in RESET_METHODS or not 0 <= ratio <= 1:
-        raise ConfigError(
-            f"optimizer reset: method must be one of {', '.join(RESET_METHODS)} and ratio within 0 to 1, "
-            f"not {method!r} and {ratio!r}"
-        )
-    adapter = adapter_for(optimizer)
+    if violations := _violations(method, ratio, mask):
+        raise ConfigError.from_violations("optimizer reset", violations)
     named = _named(params)
     check_resettable(optimizer, named, method=method)
-    with_state = [(name, optimizer.state[p]) for name, p in named if optimizer.state.get(p)]
+    with_state = [(name, parameter) for name, parameter in named if optimizer.state.get(parameter)]
     choose = RESET_METHODS[method]
     resets = []
-    for name, state in with_state:
+    for name, parameter in with_state:
         generator = derived_generator(seed, name, "optimizer reset")
-        resets.append(_reset_parameter_(adapter, state, name, choose, ratio, mask, generator))
-    counts = sum(_reset_step_(adapter, state, name) for name, state in with_state) if reset_step_count else 0
+        resets.append(_reset_parameter_(optimizer, parameter, name, choose, ratio, mask, generator))
+    counts = sum(_reset_step_(optimizer, p, name) for name, p in with_state) if reset_step_count else 0
     return ResetReport(
         method=method,
         parameters=tuple(resets),
@@ -147,7 +144,10 @@ def check_resettable(
         for moment in adapter.held_moments(state):
             held_moments += 1
             if not adapter.read(state, moment).isfinite().all():
-                raise NonFiniteError(f"optimizer state {moment!r} of {name} holds NaN or infinity")
+                raise NonFiniteError(
+                    f"optimizer state {moment!r} of {name} holds NaN or infinity: go back to the last good "
+                    "checkpoint, and lower the learning rate or clip gradients"
+                )
     has_states = any(map(holds_values, optimizer.state.values()))
     if method != "none" and not held_moments and has_states:
         raise OptimizerResetError(
@@ -158,33 +158,34 @@ def check_resettable(
 
 
 def _reset_parameter_(  # noqa: PLR0917
-    adapter: OptimizerAdapter,
-    state: State,
+    optimizer: Optimizer,
+    parameter: Tensor,
     name: str,
     choose: "Choose",
     ratio: float,
     mask: ResetMask,
     generator: torch.Generator,
 ) -> ParameterReset:
-    moments = adapter.held_moments(state)
+    adapter = adapter_for(optimizer)
+    moments = adapter.held_moments(optimizer.state[parameter])
     entries = targeted = zeroed = touched = 0
     shared: Tensor | None = None
     for moment in moments:
-        values = adapter.read(state, moment)
+        values = adapter.read(optimizer.state[parameter], moment)
         if mask == "separate" or shared is None or shared.shape != values.shape:
             chosen = choose(values, ratio, generator)
             if chosen is None:
                 break
             shared = chosen
         expected = values.masked_fill(shared, 0)
-        adapter.clear_(state, moment, shared)
-        after = adapter.read(state, moment)
+        adapter.clear_(optimizer.state[parameter], moment, shared)
+        # Asked for again, since a wrapper's `state` may be a copy that clearing leaves no trace in.
+        after = adapter.read(optimizer.state[parameter], moment)
         if not torch.equal(after, expected):
             raise OptimizerResetError(
                 f"optimizer reset of {moment!r} of {name}: of {int(shared.sum())} targeted entries "
                 f"{int((after[shared] == 0).sum())} are 0 and {int((after != expected).sum())} entries are "
-                f"not what they should be: {type(adapter).__name__} for {adapter.optimizer.__name__} is "
-                "broken"
+                f"not what they should be: {_broken(adapter)}"
             )
         touched += 1
         entries += values.numel()
@@ -195,14 +196,22 @@ def _reset_parameter_(  # noqa: PLR0917
     )
 
 
-def _reset_step_(adapter: OptimizerAdapter, state: State, name: str) -> bool:
-    was_reset = adapter.reset_step_(state)
-    if adapter.step in state and float(state[adapter.step]):
+def _reset_step_(optimizer: Optimizer, parameter: Tensor, name: str) -> bool:
+    adapter = adapter_for(optimizer)
+    was_reset = adapter.reset_step_(optimizer.state[parameter])
+    count = float(optimizer.state[parameter].get(adapter.step, 0))
+    if count:
         raise OptimizerResetError(
-            f"the step count of {name} is {float(state[adapter.step]):g} after its reset: "
-            f"{type(adapter).__name__} for {adapter.optimizer.__name__} is broken"
+            f"the step count of {name} is {count:g} after its reset: {_broken(adapter)}"
         )
     return was_reset
+
+
+def _broken(adapter: OptimizerAdapter) -> str:
+    return (
+        f"{type(adapter).__name__} for {adapter.optimizer.__name__} is broken, or the optimizer hands out "
+        "copies of its states"
+    )
 
 
 Choose = Callable[[Tensor, float, torch.Generator], Tensor | None]
@@ -258,9 +267,29 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
+def _violations(method: object, ratio: object, mask: object) -> list[str]:
+    violations = []
+    if method not in RESET_METHODS:
+        violations.append(f"method must be one of {', '.join(RESET_METHODS)}, not {method!r}")
+    if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        violations.append(f"ratio must be within 0 to 1, not {ratio!r}")
+    if mask not in get_args(ResetMask):
+        violations.append(f"mask must be one of {', '.join(get_args(ResetMask))}, not {mask!r}")
+    return violations
+
+
 def _named(params: Iterable[nn.Parameter | tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    pairs = enumerate(params)
-    return [item if isinstance(item, tuple) else (f"parameter {index}", item) for index, item in pairs]
+    """Name the parameters that come without a name, each once, however often it is given."""
+    named: dict[int, tuple[str, nn.Parameter]] = {}
+    for index, item in enumerate(params):
+        name, value = item if isinstance(item, tuple) and len(item) == 2 else (f"parameter {index}", item)
+        if not isinstance(value, Tensor) or isinstance(params, Tensor):
+            raise ConfigError(
+                "optimizer reset: params must be an iterable of parameters or (name, parameter) pairs, such "
+                f"as lora_parameters(model), not a {type(params).__name__} of {type(item).__name__}"
+            )
+        named.setdefault(id(value), (name, value))
+    return list(named.values())
 
 
 def _shorten(names: Sequence[str], most: int = 3) -> str:

@@ -5,6 +5,7 @@ before the first weight changes. It happens in place, so Parameters, the optimiz
 compiled graphs and DDP buckets stay valid.
 """
 
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from relora.errors import CheckpointError, ConfigError
 from relora.method.adapters import adapter_for
 from relora.method.config import ReLoRAConfig, ResetMethod
 from relora.method.linear import LoRALinear, lora_layers
-from relora.method.merge import merge_, reinit_
+from relora.method.merge import merge_, refuse_sharded, reinit_
 from relora.method.reset import check_resettable, reset_optimizer_state_
 from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar
@@ -93,13 +94,17 @@ class ReLoRA:
             NonFiniteError: if a merged weight or an optimizer state would not be finite; nothing has changed.
             OptimizerResetError: if the reset did not do what it reports.
         """
+        step = operator.index(step)  # a loop may count in numpy or torch integers, which are not JSON
         if step != self._step + 1:
             raise ConfigError(
                 f"after_step({step}) follows step {self._step}: steps come in order, one call for each; "
                 f"{self._step + 1} was expected (load_state_dict resumes a counter)"
             )
         if self.calendar.end is not None and step > self.calendar.end:
-            raise ConfigError(f"after_step({step}) lies past end={self.calendar.end}")
+            raise ConfigError(
+                f"after_step({step}) lies past end={self.calendar.end}, the last step: build ReLoRA with the "
+                "end of the longer run"
+            )
         keep = self._keep
         if self.config.base_weight_decay:
             keep *= 1 - self._factor_lr() * self.config.base_weight_decay
@@ -178,7 +183,10 @@ class ReLoRA:
             raise CheckpointError(f"ReLoRA state must hold exactly {sorted(wanted)}, not {sorted(state)}")
         other = [f"{k} {state[k]!r} (here {v!r})" for k, v in self._identity().items() if state[k] != v]
         if other:
-            raise CheckpointError(f"ReLoRA state is of another run: {', '.join(other)}")
+            raise CheckpointError(
+                f"ReLoRA state is of another run: {', '.join(other)}; build ReLoRA with the seed, start and "
+                "cycles it was saved with"
+            )
         self._step, self._keep = state["step"], state["keep"]
         self.restart_index, self._restarted_at = state["restart_index"], state["restarted_at"]
 
@@ -191,16 +199,16 @@ class ReLoRA:
         }
 
     def _refuse_unfit_layers(self) -> None:
+        refuse_sharded(self._layers)
         for layer in self._layers:
-            if hasattr(layer.weight, "placements") or hasattr(layer.lora_B, "placements"):
-                raise ConfigError(
-                    f"{layer.name} is sharded (DTensor): restarts of sharded layers are not known yet"
-                )
             if layer.config == self.config:
                 continue
             mine, theirs = asdict(self.config), asdict(layer.config)
             fields = [f"{k} {theirs[k]!r} (here {mine[k]!r})" for k in mine if mine[k] != theirs[k]]
-            raise ConfigError(f"{layer.name} was injected with another config: {', '.join(fields)}")
+            raise ConfigError(
+                f"{layer.name} was injected with another config: {', '.join(fields)}; pass inject and ReLoRA "
+                "the same"
+            )
 
     def _refuse_other_factors(self) -> None:
         made_for = {id(parameter) for _, factors in self._held for _, parameter in factors}

@@ -90,6 +90,8 @@ def _obstacle(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return "its weight or bias is computed by a parametrization"
+    if hasattr(weight, "__tensor_flatten__"):  # quantised in a tensor that only says it is floating-point
+        return f"its weight is stored as {type(weight).__name__}"
     if weight.dtype not in SUPPORTED_DTYPES:
         return f"its weight is stored as {weight.dtype}"
     if weight.ndim == 2 and min(weight.shape) < 2:
@@ -220,10 +222,11 @@ def _unmatched(names: dict[str, nn.Module], config: ReLoRAConfig) -> Iterator[st
 def _nothing_to_wrap(reasons: dict[str, str | None], wanted: list[str], config: ReLoRAConfig) -> str:
     linear = [name for name, reason in reasons.items() if reason is None]
     if not linear:
-        found = _first(f"{name}: {reason}" for name, reason in reasons.items()) or "it has none at all"
+        shown = _first(f"{name or 'the model'}: {reason}" for name, reason in reasons.items())
+        found = shown or "it has none at all"
         return f"inject: no linear layer of this model can carry factors ({found})"
     if blocked := [name for name in wanted if name in reasons]:
-        found = _first(f"{name}: {reasons[name]}" for name in blocked)
+        found = _first(f"{name or 'the model'}: {reasons[name]}" for name in blocked)
         return f"inject: no target can carry factors ({found})"
     patterns = config.targets if config.targets != ALL_LINEAR else ()
     for pattern in patterns:
