@@ -13,6 +13,7 @@ ResetMethod = Literal["zero", "random", "magnitude", "none"]
 ResetMask = Literal["coupled", "separate"]
 FactorInit = Literal["kaiming", "orthonormal"]
 MergePrecision = Literal["float32", "native"]
+Forward = Literal["auto", "factored", "effective"]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
@@ -59,6 +60,9 @@ class ReLoRAConfig:
     """Cycle k lasts round(restart_every * restart_growth^k) steps."""
     merge_precision: MergePrecision = "float32"
     """"float32" keeps what a low-precision base would round away; "native" loses it, and warns."""
+    forward: Forward = "auto"
+    """"effective" applies W + scaling * lora_B @ lora_A as one weight, "factored" base and factors one after
+    the other; "auto" takes the one of fewer FLOPs. Dropout in training is always factored."""
     base_weight_decay: float = 0.0
     """Decoupled weight decay of the frozen base: a cycle's product of (1 - lr * decay) is applied at its
     restart."""
@@ -113,6 +117,7 @@ class ReLoRAConfig:
             *_choice("init", self.init, get_args(FactorInit)),
             *_number("restart_growth", self.restart_growth, above=0.0),
             *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
+            *_choice("forward", self.forward, get_args(Forward)),
             *_number("base_weight_decay", self.base_weight_decay, least=0.0),
         ]
 

@@ -7,6 +7,7 @@ same names, same hooks, with `lora_A` and `lora_B` added. Whoever holds a refere
 model included, still finds what it knew.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from relora.errors import ConfigError
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
+from relora.method.forward import effective_linear, least_tokens
 from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint, keeping_float32, master_for
 from relora.method.scaling import initial_scaling
 from relora.method.seeds import derived_generator
@@ -136,10 +138,26 @@ class LoRALinear(nn.Module):
         Returns:
             (..., out_features). Right after injection or a restart it is the base's output, bit for bit.
         """
+        if self._uses_effective_weight(input):
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return effective_linear(input, self.bias, *factors, self.weight, is_transposed=self.is_transposed)
         # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
         low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling
         return self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
+
+    def _uses_effective_weight(self, input: Tensor) -> bool:
+        """Choose between the forward paths; an unfrozen base and dropout know the factored one only."""
+        if self.weight.requires_grad or (self.config.dropout and self.training):
+            return False
+        if self.config.forward != "auto":
+            return self.config.forward == "effective"
+        least = least_tokens(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            one_sided=self.config.factors == "B",
+        )
+        return math.prod(input.shape[:-1]) >= least
 
     def _base(self, x: Tensor) -> Tensor:
         if not self.is_transposed:
