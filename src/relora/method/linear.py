@@ -147,8 +147,10 @@ class LoRALinear(nn.Module):
         return self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
 
     def _uses_effective_weight(self, input: Tensor) -> bool:
-        """Choose between the forward paths; an unfrozen base and dropout know the factored one only."""
-        if self.weight.requires_grad or (self.config.dropout and self.training):
+        """Choose between the forward paths. Dropout, a base that somebody has unfrozen and nested tensors
+        know the factored one only.
+        """
+        if self.weight.requires_grad or (self.config.dropout and self.training) or input.is_nested:
             return False
         if self.config.forward != "auto":
             return self.config.forward == "effective"
