@@ -148,6 +148,8 @@ def check_resettable(
             held_moments += 1
             if not adapter.read(state, moment).isfinite().all():
                 raise NonFiniteError(f"optimizer state {moment!r} of {name} holds NaN or infinity")
+            if obstacle := adapter.obstacle(state, moment, method):
+                raise ConfigError(f"optimizer reset {method!r} of {moment!r} of {name}: {obstacle}")
     has_states = any(map(holds_values, optimizer.state.values()))
     if method != "none" and not held_moments and has_states:
         raise OptimizerResetError(
