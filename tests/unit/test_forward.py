@@ -1,5 +1,7 @@
 """The two forward paths: against a float64 reference, against each other, and in all that wraps them."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from method_samples import LAYER_KINDS, as_rows, linear, max_difference, numpy64, train_factors_
 from reference import low_rank
 from relora import ConfigError, LoRALinear, ReLoRAConfig, inject, merge_and_reinit_
-from relora.method.forward import effective_flops, effective_linear, factored_flops, least_tokens
+from relora.method.forward import InputCasts, effective_flops, effective_linear, factored_flops, least_tokens
 
 Path = Literal["auto", "factored", "effective"]
 PATHS: tuple[Path, ...] = ("factored", "effective")
@@ -232,6 +234,92 @@ def test_the_effective_path_keeps_the_input_or_the_rank_wide_product_and_nothing
     x = torch.randn(50, 40, requires_grad=True) * 1.0
     kept = kept_for_backward(layer, x, autocast=autocast)
     assert sum(kept.values()) == 50 * width * (2 if autocast else 4)
+
+
+class Shared(nn.Module):
+    """Three projections of one input, as in attention; the middle one may write into it."""
+
+    def __init__(self, *, writes: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(40, 24, bias=False) for _ in range(3))
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        q = self.q(x)
+        if self.writes:
+            x = x.detach()
+            x.mul_(2.0)
+        return q + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_layers_that_share_an_input_share_its_cast_unless_it_is_written(writes: bool) -> None:
+    x = torch.randn(50, 40)
+    plain = Shared(writes=writes)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = plain(x)
+    model = Shared(writes=writes)
+    inject(model, ReLoRAConfig(rank=3, forward="effective"))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape == (50, 40):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        out = model(x.requires_grad_())
+        assert torch.equal(out, wanted)
+    assert sum(kept.values()) == 50 * 40 * 2 * (2 if writes else 1)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_with_a_cast_in_flight_can_be_copied(copies: Callable[[nn.Module], nn.Module]) -> None:
+    model = Shared()
+    inject(model, ReLoRAConfig(rank=3, forward="effective"))
+    x = torch.randn(50, 40, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        assert torch.equal(copies(model)(x), out)
+
+
+def test_inference_mode_may_come_before_and_between_training() -> None:
+    layer = layer_of("effective")
+    x = torch.randn(40, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            made_in_inference = torch.randn(40, 9)
+            wanted = layer(x)
+        out = layer(x)
+        assert torch.equal(out, wanted)
+        with torch.no_grad():
+            assert layer(made_in_inference).shape == (40, 7)
+    out.float().sum().backward()
+
+
+def test_gradients_through_a_shared_cast_are_those_of_casts_apart() -> None:
+    x = torch.randn(50, 40, requires_grad=True)
+    gradients = []
+    for shares in (True, False):
+        model = Shared()
+        inject(model, ReLoRAConfig(rank=3, forward="effective", scaling_rule="learned"))
+        if not shares:
+            for layer in (model.q, model.k, model.v):
+                layer._casts = InputCasts()  # type: ignore[assignment]
+        train_factors_(model)
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                model(x)  # a cast without a graph is not taken for one with
+            out = model(x)
+        out.float().square().sum().backward()
+        assert x.grad is not None
+        gradients.append({**gradients_of(model), "x": x.grad.clone()})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
 # --- the choice -----------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ under bfloat16 autocast that is what full-rank training does to its float32 weig
 has no lower bits, so there an entry of the delta shows once it exceeds half a step of its weight's entry.
 """
 
-from typing import Any, Protocol, cast
+import weakref
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,7 @@ def effective_linear(
     *base: Tensor,
     decoder: Decoder | None = None,
     is_transposed: bool = False,
+    casts: "InputCasts | None" = None,
 ) -> Tensor:
     """Return x (W + s B A)^T + bias; differentiable in all but the base.
 
@@ -82,10 +84,11 @@ def effective_linear(
         *base: The weight, or its stored parts, which `decoder` turns into (out_features, in_features).
         decoder: None where the base is the weight itself.
         is_transposed: Whether the weight is (in_features, out_features).
+        casts: Shared by layers that may be given the same input.
     """
     dtype = compute_dtype(input)
     # A cast input goes in beside the input: the function keeps the one and gives its gradient to the other.
-    cast_input = None if input.dtype == dtype else input.to(dtype)
+    cast_input = None if input.dtype == dtype else (casts or InputCasts())(input, dtype)
     keeps_low = torch.is_grad_enabled() and not lora_A.requires_grad
     args = (input, cast_input, bias, lora_A, lora_B, scaling, decoder, is_transposed, keeps_low, *base)
     return cast(Tensor, EffectiveLinear.apply(*args)[0])  # type: ignore[no-untyped-call]
@@ -112,6 +115,37 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: 
     assert bias is not None
     flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
     return flat.view(*x.shape[:-1], weight.shape[1])
+
+
+class InputCasts:
+    """Casts an input once for all layers that are given it one after the other (q, k, v; gate, up).
+
+    Under autocast each of them would make, and keep for its backward, a copy of its own. The last cast is
+    remembered weakly: it lives as long as some layer keeps it. It counts for the very tensor it was made of,
+    unwritten since, in the same grad mode.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+    def __call__(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `input` in `dtype`."""
+        is_inference = torch.is_inference_mode_enabled() or input.is_inference()
+        if torch.compiler.is_compiling() or is_inference:
+            return input.to(dtype)  # the compiler sees equal casts by itself; inference keeps nothing
+        needs_grad = input.requires_grad and torch.is_grad_enabled()
+        if self._last is not None:
+            source, version, made = self._last[0](), self._last[1], self._last[2]()
+            is_current = source is input and version == input._version
+            if made is not None and is_current and made.dtype == dtype and made.requires_grad == needs_grad:
+                return made
+        made = input.to(dtype)
+        self._last = (weakref.ref(input), input._version, weakref.ref(made))
+        return made
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        """Copy and pickle it as a new one."""
+        return type(self), ()
 
 
 class EffectiveLinear(torch.autograd.Function):
@@ -246,7 +280,7 @@ def _formed(
         return torch.addmm(weight, left, right)
     # In the wider of the two dtypes, rounded once.
     wide = torch.promote_types(weight.dtype, A.dtype)
-    return (left @ right).to(wide).add(weight).to(A.dtype)
+    return (left @ right).to(wide).add_(weight).to(A.dtype)
 
 
 def _values(

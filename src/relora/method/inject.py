@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from relora.errors import ConfigError
 from relora.method.codecs import base_codec
 from relora.method.config import ReLoRAConfig
+from relora.method.forward import InputCasts
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import merge_
 from relora.method.targets import LeftAlone, TargetChoice, choose_targets
@@ -79,8 +80,9 @@ def inject(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0) -> InjectRe
     _refuse_storage(config, choice.layers)
     _warn_of_settings(config, choice)
     num_base = _num_parameters(model)
+    casts = InputCasts()
     for name, layer in choice.layers.items():
-        LoRALinear.wrap_(layer, config, name=name, seed=seed)
+        LoRALinear.wrap_(layer, config, name=name, seed=seed, casts=casts)
     _keep_fused_encoder_path_off(model)
     factors = dict(lora_parameters(model))
     return InjectReport(

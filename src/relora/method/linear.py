@@ -21,6 +21,7 @@ from relora.method.codecs import BaseCodec
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.forward import (
+    InputCasts,
     compute_dtype,
     effective_linear,
     frozen_linear,
@@ -35,7 +36,7 @@ _FACTORS = ("lora_A", "lora_B", "lora_scaling")
 _OWN_ATTRIBUTES = {
     *("config", "name", "is_transposed", "fixed_scaling"),
     *("_plain_type", "_plain_trains", "_plain_attributes", "_plain_dtype", "_pending_draw"),
-    *("_codec", "_host_residual", "_residual_owner"),
+    *("_codec", "_host_residual", "_residual_owner", "_casts"),
 }
 
 
@@ -57,9 +58,12 @@ class LoRALinear(FrozenBase):
     _plain_trains: bool
     _plain_attributes: dict[str, Any]
     _pending_draw: tuple[int, int] | None
+    _casts: InputCasts
 
     @classmethod
-    def wrap_(cls, layer: nn.Module, config: ReLoRAConfig, *, name: str, seed: int) -> Self:
+    def wrap_(
+        cls, layer: nn.Module, config: ReLoRAConfig, *, name: str, seed: int, casts: InputCasts
+    ) -> Self:
         """Turn a plain linear layer into a LoRALinear in place; `inject` has checked that it can be one.
 
         Args:
@@ -67,12 +71,14 @@ class LoRALinear(FrozenBase):
             config: Rank, scaling, init and precision of the factors.
             name: The layer's full name; with `seed` it determines the first lora_A.
             seed: Root of every factor's seed.
+            casts: One for all layers of the model.
         """
         is_transposed = not isinstance(layer, nn.Linear)
         plain_type, plain_attributes = type(layer), dict(vars(layer))
         layer.__class__ = cls
         wrapped = cast(Self, layer)
         wrapped.config, wrapped.name, wrapped.is_transposed = config, name, is_transposed
+        wrapped._casts = casts
         wrapped._plain_type, wrapped._plain_trains = plain_type, wrapped.weight.requires_grad
         wrapped._plain_attributes = {k: plain_attributes[k] for k in _OWN_ATTRIBUTES & set(plain_attributes)}
         wrapped._add_factors(seed)
@@ -139,7 +145,9 @@ class LoRALinear(FrozenBase):
         """
         if self._uses_effective_weight(input):
             factors = (self.lora_A, self.lora_B, self.scaling)
-            return effective_linear(input, self.bias, *factors, *self.base_parts, **self._layout)
+            return effective_linear(
+                input, self.bias, *factors, *self.base_parts, **self._layout, casts=self._casts
+            )
         # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
         low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling
