@@ -28,6 +28,20 @@ def forward(
     return out if bias is None else out + bias
 
 
+def gradients(
+    x: Array, grad: Array, weight: Array, lora_a: Array, lora_b: Array, scaling: float
+) -> dict[str, Array]:
+    """Return the gradients of sum(grad * forward(x)), each from the gradient of the whole weight."""
+    whole = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return {
+        "input": np.einsum("...o,oi->...i", grad, weight + delta(lora_a, lora_b, scaling)),
+        "bias": grad.reshape(-1, grad.shape[-1]).sum(0),
+        "lora_A": scaling * np.einsum("oi,or->ri", whole, lora_b),
+        "lora_B": scaling * np.einsum("oi,ri->or", whole, lora_a),
+        "lora_scaling": np.einsum("oi,oi->", whole, delta(lora_a, lora_b, 1.0)),
+    }
+
+
 def kaiming_bound(in_features: int) -> float:
     """Return Kaiming-uniform's bound: gain * sqrt(3 / fan_in), gain = sqrt(2 / (1 + a^2)), a^2 = 5."""
     return math.sqrt(2 / (1 + 5)) * math.sqrt(3 / in_features)

@@ -1,8 +1,10 @@
 """LoRALinear: its forward against a float64 reference, its step size, and what it keeps for the backward."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -277,16 +279,18 @@ def saved_activations(layer: LoRALinear, rows: int, *, dtype: torch.dtype | None
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("path", ["factored", "effective"])
 def test_a_frozen_lora_A_leaves_rank_wide_activations_for_the_backward(
-    kind: str, dtype: torch.dtype | None
+    kind: str, dtype: torch.dtype | None, path: Literal["factored", "effective"]
 ) -> None:
     rows, rank, width = 31, 3, 40
     size = 4 if dtype is None else 2
-    one_sided = injected(kind, width, 24, ReLoRAConfig(rank=rank, factors="B", scaling_rule="matched"))
-    both = injected(kind, width, 24, ReLoRAConfig(rank=rank, scaling_rule="matched"))
+    both = ReLoRAConfig(rank=rank, scaling_rule="matched", forward=path)
+    one_sided = dataclasses.replace(both, factors="B")
     low, full = (rank, rows * rank * size), (width, rows * width * size)
-    assert saved_activations(one_sided, rows, dtype=dtype) == [low]
-    assert saved_activations(both, rows, dtype=dtype) == [low, full]
+    assert saved_activations(injected(kind, width, 24, one_sided), rows, dtype=dtype) == [low]
+    wanted = [full] if path == "effective" else [low, full]
+    assert saved_activations(injected(kind, width, 24, both), rows, dtype=dtype) == wanted
 
 
 @pytest.mark.parametrize("rule", ["matched", "alpha/r"])

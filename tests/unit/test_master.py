@@ -14,7 +14,7 @@ from relora.method.master import (
     WeightIsMaster,
     elements,
     fingerprint,
-    keeping_float32,
+    keeping,
     master_for,
 )
 
@@ -27,7 +27,7 @@ def stored(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Te
     """Write float32 values into a new weight of `dtype`; return weight, residual, and what reads back."""
     master = master_for(dtype, merge_precision="float32")
     weight = torch.zeros(value.shape, dtype=dtype)
-    residual = master.new_residual(weight)
+    residual = master.new_residual(weight.shape, device=weight.device)
     master.write_(weight, elements(residual), value)
     return weight, residual, master.read(weight, elements(residual))
 
@@ -63,7 +63,7 @@ def test_float16_and_residual_hold_a_value_to_float32_rounding() -> None:
 def test_a_wide_weight_is_its_own_master(dtype: torch.dtype) -> None:
     master = master_for(dtype, merge_precision="float32")
     weight = torch.randn(3, 5, dtype=dtype)
-    assert master.new_residual(weight) is None
+    assert master.new_residual(weight.shape, device=weight.device) is None
     assert master.read(weight, None).dtype == dtype
     master.write_(weight, None, torch.full((3, 5), 1 / 3, dtype=torch.float64))
     assert torch.equal(weight, torch.full((3, 5), 1 / 3, dtype=dtype))
@@ -73,7 +73,9 @@ def test_a_wide_weight_is_its_own_master(dtype: torch.dtype) -> None:
 def test_native_keeps_nothing_beside_the_weight(dtype: torch.dtype) -> None:
     master = master_for(dtype, merge_precision="native")
     weight = torch.zeros(4, dtype=dtype)
-    assert isinstance(master, WeightIsMaster) and master.new_residual(weight) is None
+    assert (
+        isinstance(master, WeightIsMaster) and master.new_residual(weight.shape, device=weight.device) is None
+    )
     master.write_(weight, None, torch.full((4,), 1 / 3))
     assert torch.equal(master.read(weight, None), torch.full((4,), 1 / 3).to(dtype).float())
 
@@ -83,7 +85,7 @@ def test_transposed_weights_are_split_like_others(dtype: torch.dtype) -> None:
     value = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     master = master_for(dtype, merge_precision="float32")
     weight = torch.zeros(4, 6, dtype=dtype)
-    residual = elements(master.new_residual(weight))
+    residual = elements(master.new_residual(weight.shape, device=weight.device))
     assert residual is not None
     master.write_(weight.T, residual.T, value)
     assert torch.equal(master.read(weight, residual), value.T)
@@ -95,7 +97,9 @@ def test_a_new_residual_leaves_the_weight_as_it_reads(
     master: SplitBFloat16 | FloatResidual, dtype: torch.dtype
 ) -> None:
     weight = torch.randn(50).to(dtype)
-    assert torch.equal(master.read(weight, elements(master.new_residual(weight))), weight.float())
+    assert torch.equal(
+        master.read(weight, elements(master.new_residual(weight.shape, device=weight.device))), weight.float()
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -117,7 +121,7 @@ def test_the_fingerprint_does_not_depend_on_layout() -> None:
 
 def test_a_cast_can_be_kept_from_narrowing_chosen_tensors() -> None:
     kept, other = torch.rand(3), torch.rand(3)
-    cast = keeping_float32(lambda tensor: tensor.half(), [kept, None])
+    cast = keeping(lambda tensor: tensor.half(), wide=[kept, None])
     assert torch.equal(cast(kept), kept) and cast(other).dtype == torch.float16
-    widen = keeping_float32(lambda tensor: tensor.double(), [kept])
+    widen = keeping(lambda tensor: tensor.double(), wide=[kept])
     assert widen(kept).dtype == torch.float64

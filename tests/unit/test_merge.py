@@ -21,7 +21,7 @@ from method_samples import (
 )
 from reference import low_rank
 from relora import LoRALinear, NonFiniteError, ReLoRAConfig, inject, merge_and_reinit_
-from relora.method import linear as linear_module
+from relora.method import base as base_module
 from relora.method.merge import merge_
 
 R3 = ReLoRAConfig(rank=3)
@@ -160,7 +160,8 @@ def test_large_layers_are_merged_in_blocks_with_the_same_result(
 ) -> None:
     layers = []
     for entries in (1 << 22, 20, 1):
-        monkeypatch.setattr(linear_module, "_BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(base_module, "_LEAST_BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(base_module, "_BLOCKS", 1 << 40)
         layer = LAYER_KINDS[kind](9, 7).to(dtype)
         inject(layer, R3)
         assert isinstance(layer, LoRALinear)

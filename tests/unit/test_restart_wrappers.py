@@ -1,5 +1,6 @@
 """Restarts under torch.compile and under DDP: in place, so nothing is compiled or wrapped again."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -39,12 +40,13 @@ def test_a_compiled_model_is_not_compiled_again_and_its_outputs_follow_the_merge
     assert len(compilations) == compiled_once
 
 
-def train_on_a_rank(rank, folder, dtype):
+def train_on_a_rank(rank, folder, dtype, path):
     """Train on this rank's own half of every batch, restarting on the calendar; save what came of it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    loop = Loop(CONFIG, tiny_model(dtype), wrap=DistributedDataParallel)
+    config = dataclasses.replace(CONFIG, forward=path)
+    loop = Loop(config, tiny_model(dtype), wrap=DistributedDataParallel)
     whole_loss, wrapper, trail = loop.loss, loop.called, []
 
     def loss_of_half(step):
@@ -62,12 +64,12 @@ def train_on_a_rank(rank, folder, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16],
+    ("dtype", "path"),
+    [(torch.float32, "factored"), (torch.float32, "effective"), (torch.bfloat16, "auto")],
 )
-def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype):
+def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype, path):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train_on_a_rank, (folder, dtype), nprocs=2)
+        mp.spawn(train_on_a_rank, (folder, dtype, path), nprocs=2)
         ranks = [torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1)]
     (trail, everything, loss), (other_trail, other_everything, other_loss) = ranks
     for ours, theirs in zip(trail, other_trail, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from relora.errors import ConfigError
+from relora.method.plugins import load_plugins
 
 State = dict[str, Any]
 
@@ -29,6 +30,8 @@ class OptimizerAdapter:
     decides, by its magnitude, which entries a coupled mask prunes."""
     step: str | None = None
     """State key of the per-parameter step count, if there is one."""
+    auxiliary: tuple[str, ...] = ()
+    """State keys that only serve to decode the moments; a reset leaves them as they are."""
 
     def read(self, state: State, moment: str) -> Tensor:
         """Return the values of a moment as a floating-point tensor, decoded if need be.
@@ -52,6 +55,11 @@ class OptimizerAdapter:
         """Set the entries of a moment where `mask` (bool, the moment's shape) is true to 0."""
         state[moment].masked_fill_(mask, 0)
 
+    def obstacle(self, state: State, moment: str, method: str) -> str | None:
+        """Say why this moment cannot be reset by `method`, None if it can; asked before anything changes."""
+        del state, moment, method
+        return None
+
     def reset_step_(self, state: State) -> bool:
         """Set the step count to 0 in place; return whether there was one."""
         if self.step is None or self.step not in state:
@@ -64,7 +72,7 @@ class OptimizerAdapter:
 
     def held_moments(self, state: State) -> tuple[str, ...]:
         """Return the moments that a state really holds, refusing tensors this adapter does not know."""
-        known = {*self.moments, self.step}
+        known = {*self.moments, self.step, *self.auxiliary}
         unknown = [key for key, value in state.items() if holds_values(value) and key not in known]
         if unknown:
             raise ConfigError(
@@ -97,9 +105,12 @@ def adapter_for(optimizer: Optimizer) -> OptimizerAdapter:
     Raises:
         ConfigError: if there is none, with how to register one.
     """
-    for family in type(optimizer).__mro__:
-        if family in _ADAPTERS:
-            return _ADAPTERS[family]
+    # A foreign optimizer's package is imported already; what knows its states is only now.
+    for package in (None, *{family.__module__.partition(".")[0] for family in type(optimizer).__mro__}):
+        if package is None or load_plugins("relora.optimizers", package):
+            for family in type(optimizer).__mro__:
+                if family in _ADAPTERS:
+                    return _ADAPTERS[family]
     known = ", ".join(sorted(family.__name__ for family in _ADAPTERS))
     name = type(optimizer).__name__
     raise ConfigError(

@@ -13,6 +13,9 @@ ResetMethod = Literal["zero", "random", "magnitude", "none"]
 ResetMask = Literal["coupled", "separate"]
 FactorInit = Literal["kaiming", "orthonormal"]
 MergePrecision = Literal["float32", "native"]
+Forward = Literal["auto", "factored", "effective"]
+BaseDtype = Literal["keep", "bf16", "int8", "nf4"]
+MasterPlace = Literal["device", "host"]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
@@ -59,6 +62,15 @@ class ReLoRAConfig:
     """Cycle k lasts round(restart_every * restart_growth^k) steps."""
     merge_precision: MergePrecision = "float32"
     """"float32" keeps what a low-precision base would round away; "native" loses it, and warns."""
+    base_dtype: BaseDtype = "keep"
+    """How the device holds the frozen base: as the model has it ("keep"), or in fewer bits, by which merges
+    lose nothing: "bf16", "int8", "nf4" (with the bitsandbytes extra). fold gives the model's dtype back."""
+    master: MasterPlace = "device"
+    """Where the bits are that the base lacks of float32: beside it on the device, or in host memory, which
+    only restarts and checkpoints read. The base is then all that the device holds of a frozen weight."""
+    forward: Forward = "auto"
+    """"effective" applies W + scaling * lora_B @ lora_A as one weight, "factored" base and factors one after
+    the other; "auto" takes the one of fewer FLOPs. Dropout in training is always factored."""
     base_weight_decay: float = 0.0
     """Decoupled weight decay of the frozen base: a cycle's product of (1 - lr * decay) is applied at its
     restart."""
@@ -113,8 +125,24 @@ class ReLoRAConfig:
             *_choice("init", self.init, get_args(FactorInit)),
             *_number("restart_growth", self.restart_growth, above=0.0),
             *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
+            *_choice("base_dtype", self.base_dtype, get_args(BaseDtype)),
+            *_choice("master", self.master, get_args(MasterPlace)),
+            *self._storage(),
+            *_choice("forward", self.forward, get_args(Forward)),
             *_number("base_weight_decay", self.base_weight_decay, least=0.0),
         ]
+
+    def _storage(self) -> list[str]:
+        problems = []
+        if self.base_dtype in ("int8", "nf4") and self.master != "host":
+            problems.append(
+                f"base_dtype={self.base_dtype!r} needs master='host': a merge into the codes alone is lost"
+            )
+        if self.merge_precision == "native" and (self.base_dtype != "keep" or self.master == "host"):
+            problems.append(
+                "merge_precision='native' keeps no master: base_dtype must be 'keep' and master 'device'"
+            )
+        return problems
 
 
 def _integer(name: str, value: object, *, least: int) -> list[str]:

@@ -8,13 +8,18 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from relora.errors import ConfigError
+from relora.method.codecs import base_codec
 from relora.method.config import ReLoRAConfig
+from relora.method.forward import InputCasts
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import merge_
-from relora.method.targets import LeftAlone, choose_targets
+from relora.method.targets import LeftAlone, TargetChoice, choose_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +77,12 @@ def inject(model: nn.Module, config: ReLoRAConfig, *, seed: int = 0) -> InjectRe
             rank does not fit a target; the model is then unchanged.
     """
     choice = choose_targets(model, config)
-    _warn_of_settings(config, choice.unmatched_patterns)
+    _refuse_storage(config, choice.layers)
+    _warn_of_settings(config, choice)
     num_base = _num_parameters(model)
+    casts = InputCasts()
     for name, layer in choice.layers.items():
-        LoRALinear.wrap_(layer, config, name=name, seed=seed)
+        LoRALinear.wrap_(layer, config, name=name, seed=seed, casts=casts)
     _keep_fused_encoder_path_off(model)
     factors = dict(lora_parameters(model))
     return InjectReport(
@@ -135,7 +142,23 @@ def _num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def _warn_of_settings(config: ReLoRAConfig, unmatched: tuple[str, ...]) -> None:
+def _refuse_storage(config: ReLoRAConfig, layers: dict[str, nn.Module]) -> None:
+    codec = base_codec(config.base_dtype)
+    for name, layer in layers.items():
+        weight = cast(Tensor, layer.weight)
+        if config.base_dtype != "keep" and weight.dtype == torch.float64:
+            raise ConfigError(
+                f"inject: {name} is float64, and base_dtype={config.base_dtype!r} keeps float32 of it: "
+                "use base_dtype='keep'"
+            )
+        if codec is not None and weight.is_meta:
+            raise ConfigError(
+                f"inject: {name} is on the meta device, where there is nothing to code as "
+                f"{config.base_dtype}: load the weights first"
+            )
+
+
+def _warn_of_settings(config: ReLoRAConfig, choice: TargetChoice) -> None:
     messages = []
     if config.merge_precision == "native":
         messages.append(
@@ -145,7 +168,12 @@ def _warn_of_settings(config: ReLoRAConfig, unmatched: tuple[str, ...]) -> None:
         messages.append("alpha has no effect with scaling_rule='matched'; kappa is its multiplier")
     if config.scaling_rule != "matched" and config.kappa != 1.0:
         messages.append(f"kappa has no effect with scaling_rule={config.scaling_rule!r}")
-    messages += [f"pattern {pattern!r} matches no module" for pattern in unmatched]
+    dtypes = {cast(Tensor, layer.weight).dtype for layer in choice.layers.values()}
+    if config.master == "host" and config.base_dtype == "keep" and dtypes <= {torch.float32, torch.float64}:
+        messages.append(
+            "master='host' has no effect: a float32 base is its own master; base_dtype='bf16' halves it"
+        )
+    messages += [f"pattern {pattern!r} matches no module" for pattern in choice.unmatched_patterns]
     for message in messages:
         warnings.warn(message, stacklevel=3)
 

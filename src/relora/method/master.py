@@ -9,6 +9,7 @@ stored as the weight the forward pass uses plus a *residual*, so that neither ca
   stored as bytes: DDP broadcasts every buffer, and neither NCCL nor Gloo knows int16.)
 - fp16: the residual is the float32 difference, four bytes more.
 - fp32, fp64: the weight is its own master; no residual.
+- codes of 8 or 4 bits: the residual is the float32 value, four bytes a weight, in host memory.
 
 "native" keeps no residual in any dtype, which is what earlier implementations do.
 """
@@ -28,8 +29,8 @@ class Master(Protocol):
     `read` and `write_` take tensors or equal slices of them, the residual as `elements` gives it.
     """
 
-    def new_residual(self, weight: Tensor) -> Tensor | None:
-        """Return the residual, as stored, of a weight that is exact as it stands."""
+    def new_residual(self, shape: tuple[int, ...], *, device: torch.device) -> Tensor | None:
+        """Return the residual, as stored, of a weight of this shape; 0 says it is exact as it stands."""
 
     def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
         """Return the master value, at least float32, as a new tensor or the weight itself."""
@@ -41,9 +42,9 @@ class Master(Protocol):
 class WeightIsMaster:
     """The weight alone; exact for fp32 and fp64, lossy below ("native")."""
 
-    def new_residual(self, weight: Tensor) -> Tensor | None:
+    def new_residual(self, shape: tuple[int, ...], *, device: torch.device) -> Tensor | None:
         """Return None: nothing is kept."""
-        del weight
+        del shape, device
         return None
 
     def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
@@ -60,10 +61,10 @@ class WeightIsMaster:
 class SplitBFloat16:
     """bf16 weight and int16 residual are the two halves of a float32."""
 
-    def new_residual(self, weight: Tensor) -> Tensor | None:
+    def new_residual(self, shape: tuple[int, ...], *, device: torch.device) -> Tensor | None:
         """Return zeros: a bf16 value is a float32 whose lower half is 0."""
-        *rows, columns = weight.shape
-        return torch.zeros(*rows, 2 * columns, dtype=torch.uint8, device=weight.device)
+        *rows, columns = shape
+        return torch.zeros(*rows, 2 * columns, dtype=torch.uint8, device=device)
 
     def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
         """Put the halves together."""
@@ -85,9 +86,9 @@ class SplitBFloat16:
 class FloatResidual:
     """fp16 weight and the float32 difference to the master."""
 
-    def new_residual(self, weight: Tensor) -> Tensor | None:
+    def new_residual(self, shape: tuple[int, ...], *, device: torch.device) -> Tensor | None:
         """Return zeros."""
-        return torch.zeros_like(weight, dtype=torch.float32)
+        return torch.zeros(shape, dtype=torch.float32, device=device)
 
     def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
         """Add the difference back."""
@@ -99,6 +100,26 @@ class FloatResidual:
         assert residual is not None
         weight.copy_(value)
         residual.copy_(value.float() - weight.float())
+
+
+class WholeValue:
+    """Beside codes the residual is the float32 value itself; they are made from it (`FrozenBase`)."""
+
+    def new_residual(self, shape: tuple[int, ...], *, device: torch.device) -> Tensor | None:
+        """Return zeros, to be filled with the value."""
+        return torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def read(self, weight: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the value."""
+        del weight
+        assert residual is not None
+        return residual
+
+    def write_(self, weight: Tensor, residual: Tensor | None, value: Tensor) -> None:
+        """Keep the value."""
+        del weight
+        assert residual is not None
+        residual.copy_(value)
 
 
 def elements(residual: Tensor | None) -> Tensor | None:
@@ -117,30 +138,37 @@ _FLOAT32_MASTERS: dict[torch.dtype, Master] = {
 }
 
 
-def master_for(dtype: torch.dtype, *, merge_precision: str) -> Master:
-    """Return how a base of `dtype` keeps its master under ReLoRAConfig.merge_precision."""
+def master_for(dtype: torch.dtype, *, merge_precision: str, is_coded: bool = False) -> Master:
+    """Return how a base of `dtype`, or of codes, keeps its master under ReLoRAConfig.merge_precision."""
+    if is_coded:
+        return WholeValue()
     return _NATIVE if merge_precision == "native" else _FLOAT32_MASTERS[dtype]
 
 
-def keeping_float32(
-    fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None]
+def keeping(
+    fn: Callable[[Tensor], Tensor], *, wide: Iterable[Tensor | None], same: Iterable[Tensor | None] = ()
 ) -> Callable[[Tensor], Tensor]:
-    """Return `fn` as `nn.Module._apply` takes it, except that it narrows none of `tensors` below float32."""
-    wide = {id(tensor) for tensor in tensors}
+    """Return `fn` as `nn.Module._apply` takes it, except that it narrows none of `wide` below float32, and
+    gives none of `same` another dtype.
+    """
+    at_least_float32, as_it_is = {id(tensor) for tensor in wide}, {id(tensor) for tensor in same}
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
-        is_narrowed = id(tensor) in wide and moved.dtype in (torch.bfloat16, torch.float16)
+        if id(tensor) in as_it_is:
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        is_narrowed = id(tensor) in at_least_float32 and moved.dtype in (torch.bfloat16, torch.float16)
         return tensor.to(device=moved.device, dtype=torch.float32) if is_narrowed else moved
 
     return apply
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Return an int64 checksum of a half-precision weight's bits; a residual belongs only to the bits it was
-    split from, and this tells when somebody else has written the weight since.
+    """Return an int64 checksum of the bits of a half-precision or coded weight; a residual belongs only to
+    the bits it was split from, and this tells when somebody else has written the weight since.
     """
-    bits = weight.detach().view(torch.int16)
+    bits = weight.detach()
+    bits = bits.view(torch.int16) if bits.dtype.is_floating_point else bits
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
     ramps = [torch.arange(1, len(sums) + 1, device=sums.device) for sums in (rows, columns)]
     return (rows * ramps[0]).sum() * 31 + (columns * ramps[1]).sum()

@@ -119,7 +119,7 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
 
 def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
     finite = [
-        _target(layer, rows, keep)[0].to(layer.weight.dtype).isfinite().all() for rows in layer.row_blocks()
+        _target(layer, rows, keep)[0].to(layer.value_dtype).isfinite().all() for rows in layer.row_blocks()
     ]
     return bool(torch.stack(finite).all())
 

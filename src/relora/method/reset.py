@@ -148,6 +148,8 @@ def check_resettable(
                     f"optimizer state {moment!r} of {name} holds NaN or infinity: go back to the last good "
                     "checkpoint, and lower the learning rate or clip gradients"
                 )
+            if obstacle := adapter.obstacle(state, moment, method):
+                raise ConfigError(f"optimizer reset {method!r} of {moment!r} of {name}: {obstacle}")
     has_states = any(map(holds_values, optimizer.state.values()))
     if method != "none" and not held_moments and has_states:
         raise OptimizerResetError(

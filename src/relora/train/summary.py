@@ -1,6 +1,7 @@
 """What came out of a run: summary.json, with the rank that was learned and a sample of text."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -65,7 +66,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _ranks(opened: OpenedRun, state: RunState, plan: Plan) -> dict[str, float] | None:
     """Return the rank of what was learned since the switch; None where nothing compares, or it costs much."""
     layers = {m.name: m for m in state.model.modules() if isinstance(m, LoRALinear)}
-    cost = sum(m.weight.numel() * min(m.weight.shape) for m in layers.values())
+    sides = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    cost = sum(math.prod(side) * min(side) for side in sides)
     if not layers or cost > _SPECTRUM_BUDGET:
         return None
     start = _weights_at_switch(opened.checkpoints / f"step-{plan.switch_step or 0:08d}", layers)
@@ -76,7 +78,7 @@ def _ranks(opened: OpenedRun, state: RunState, plan: Plan) -> dict[str, float] |
         "one_cycle": opened.recipe.relora.rank,
         "learned": median(change.rank for change in changes),
         "effective": median(change.effective_rank for change in changes),
-        "largest": median(min(layer.weight.shape) for layer in layers.values()),
+        "largest": median(map(min, sides)),
     }
 
 
