@@ -29,6 +29,12 @@ class OptimizerAdapter:
     decides, by its magnitude, which entries a coupled mask prunes."""
     step: str | None = None
     """State key of the per-parameter step count, if there is one."""
+    first: tuple[str, ...] = ()
+    """Those of the moments that are linear in past gradients; reset="transport" carries them."""
+    second: tuple[str, ...] = ()
+    """Those that average squares of past gradients, or their maxima."""
+    write_tolerance: float = 0.0
+    """How far `read` may be from what `write_` was given, over its largest value; 0 unless encoded."""
 
     def read(self, state: State, moment: str) -> Tensor:
         """Return the values of a moment as a floating-point tensor, decoded if need be."""
@@ -39,6 +45,10 @@ class OptimizerAdapter:
     def clear_(self, state: State, moment: str, mask: Tensor) -> None:
         """Set the entries of a moment where `mask` (bool, the moment's shape) is true to 0."""
         state[moment].masked_fill_(mask, 0)
+
+    def write_(self, state: State, moment: str, values: Tensor) -> None:
+        """Store the values of a moment, in the shape and dtype that `read` returns, encoded if need be."""
+        state[moment].copy_(values)
 
     def reset_step_(self, state: State) -> bool:
         """Set the step count to 0 in place; return whether there was one."""
@@ -99,18 +109,20 @@ def adapter_for(optimizer: Optimizer) -> OptimizerAdapter:
 
 
 # AdamW derives from Adam, and the foreach, fused and amsgrad variants keep the same keys.
-register_optimizer_adapter(
-    OptimizerAdapter(
-        optimizer=torch.optim.Adam, moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), step="step"
+for _adam_family in (torch.optim.Adam, torch.optim.AdamW):
+    register_optimizer_adapter(
+        OptimizerAdapter(
+            optimizer=_adam_family,
+            moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+            step="step",
+            first=("exp_avg",),
+            second=("exp_avg_sq", "max_exp_avg_sq"),
+        )
     )
-)
-register_optimizer_adapter(
-    OptimizerAdapter(
-        optimizer=torch.optim.AdamW, moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), step="step"
+for _momentum_family in (torch.optim.SGD, torch.optim.Muon):
+    register_optimizer_adapter(
+        OptimizerAdapter(optimizer=_momentum_family, moments=("momentum_buffer",), first=("momentum_buffer",))
     )
-)
-register_optimizer_adapter(OptimizerAdapter(optimizer=torch.optim.SGD, moments=("momentum_buffer",)))
-register_optimizer_adapter(OptimizerAdapter(optimizer=torch.optim.Muon, moments=("momentum_buffer",)))
 # Its factored second moments are a row and a column; each is pruned by its own magnitude.
 register_optimizer_adapter(
     OptimizerAdapter(optimizer=torch.optim.Adafactor, moments=("row_var", "col_var", "variance"), step="step")

@@ -145,6 +145,11 @@ def _warn_of_settings(config: ReLoRAConfig, unmatched: tuple[str, ...]) -> None:
         messages.append("alpha has no effect with scaling_rule='matched'; kappa is its multiplier")
     if config.scaling_rule != "matched" and config.kappa != 1.0:
         messages.append(f"kappa has no effect with scaling_rule={config.scaling_rule!r}")
+    if config.init != "gradient" and config.init_mix:
+        messages.append(f"init_mix has no effect with init={config.init!r}")
+    if config.residual == "none":
+        given = {"residual_scale": config.residual_scale, "residual_every": config.residual_every}
+        messages += [f"{name} has no effect with residual='none'" for name, k in given.items() if k != 1]
     messages += [f"pattern {pattern!r} matches no module" for pattern in unmatched]
     for message in messages:
         warnings.warn(message, stacklevel=3)

@@ -7,7 +7,7 @@ same names, same hooks, with `lora_A` and `lora_B` added. Whoever holds a refere
 model included, still finds what it knew.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from relora.errors import ConfigError
 from relora.method.config import ReLoRAConfig
-from relora.method.factor_init import FACTOR_INITS
+from relora.method.factor_init import FACTOR_INITS, Draw
 from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint, keeping_float32, master_for
+from relora.method.observe import Observer, observed
 from relora.method.scaling import initial_scaling
-from relora.method.seeds import derived_generator
 
 # Merges work on blocks of rows, so that their float64 intermediates stay small whatever the layer's size.
 _BLOCK_ENTRIES = 1 << 22
 _FACTORS = ("lora_A", "lora_B", "lora_scaling")
 _OWN_ATTRIBUTES = {
-    *("config", "name", "is_transposed", "fixed_scaling"),
+    *("config", "name", "is_transposed", "fixed_scaling", "observers"),
     *("_plain_type", "_plain_trains", "_plain_attributes", "_residual_owner", "_pending_draw"),
 }
 
@@ -49,6 +49,8 @@ class LoRALinear(nn.Module):
     name: str
     is_transposed: bool
     fixed_scaling: float
+    observers: Sequence[Observer]
+    """Told of the base's gradient in each backward pass; ReLoRA sets them for the step to come."""
     _plain_type: type[nn.Module]
     _plain_trains: bool
     _plain_attributes: dict[str, Any]
@@ -72,6 +74,7 @@ class LoRALinear(nn.Module):
         wrapped.config, wrapped.name, wrapped.is_transposed = config, name, is_transposed
         wrapped._plain_type, wrapped._plain_trains = plain_type, wrapped.weight.requires_grad
         wrapped._plain_attributes = {k: plain_attributes[k] for k in _OWN_ATTRIBUTES & set(plain_attributes)}
+        wrapped.observers = ()
         wrapped.weight.requires_grad_(False).grad = None
         wrapped._add_factors(seed)
         wrapped.register_buffer("weight_residual", None)
@@ -139,7 +142,8 @@ class LoRALinear(nn.Module):
         # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
         low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling
-        return self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
+        output = self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
+        return observed(output, input, self.observers)
 
     def _base(self, x: Tensor) -> Tensor:
         if not self.is_transposed:
@@ -168,9 +172,14 @@ class LoRALinear(nn.Module):
         """Start new factors: lora_A drawn from (seed, restart_index, name), lora_B zero."""
         self._pending_draw = (seed, restart_index) if self.lora_A.is_meta else None
         if not self.lora_A.is_meta:
-            generator = derived_generator(seed, restart_index, self.name, "lora_A")
-            draw = FACTOR_INITS[self.config.factor_init].draw
-            self.lora_A.copy_(draw(self.config.rank, self.in_features, generator))
+            draw = Draw(
+                rank=self.config.rank,
+                in_features=self.in_features,
+                seed=seed,
+                restart_index=restart_index,
+                name=self.name,
+            )
+            self.lora_A.copy_(FACTOR_INITS[self.config.factor_init].draw(draw))
         self.lora_B.zero_()
 
     @torch.no_grad()
