@@ -12,7 +12,8 @@ lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kapp
 
 - "sign": the sign of a vote. Each micro batch on each rank votes sign(G_perp) entry by entry; D is the sign
   of the sum (signSGD with majority vote, Bernstein et al. 2018). Not its mean: the mean shrinks as
-  votes cancel, and a step's size must not depend on how a batch is cut. A tie moves nothing. Votes are int8: 1 byte a weight.
+  votes cancel, and a step's size must not depend on how a batch is cut. A tie moves nothing. Votes are int8:
+  1 byte a weight.
 - "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 (SCALE's normalisation).
   The sum is kept in bf16: 2 bytes a weight.
 
@@ -126,9 +127,6 @@ class LayerObserver:
         self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
         self._residual = residual
         self._held: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a copy of the model is not observed
 
     @property
     def held(self) -> Tensor:

@@ -49,9 +49,6 @@ class Sketch:
         self._omega: Tensor | None = None
         self._total: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a copy of the model is not observed
-
     def observe(self, x: Tensor, gradient: Tensor) -> None:
         """Add one backward pass."""
         if self._omega is None:

@@ -12,10 +12,14 @@ A layer without observers pays nothing: no node, nothing saved. With them, x is 
 full-rank training, which a frozen lora_A otherwise spares.
 
 Once for each time the backward passes a layer: under gradient accumulation once a micro batch, under
-gradient checkpointing (either kind) once as well. Eager only: torch.compile is refused in words.
+gradient checkpointing (either kind) once as well.
+
+Eager only. ReLoRA refuses a compiled model in words; where the model is compiled after it, `fullgraph=True`
+is refused, and without it torch.compile leaves observed layers to eager mode: right, but not fast.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +40,13 @@ class Observer(Protocol):
         """
 
 
+class Observers(tuple[Observer, ...]):
+    """A layer's observers. A copy of the layer, by `copy.deepcopy` or from a file, has none."""
+
+    def __reduce__(self) -> tuple[type[tuple[Observer, ...]], tuple[()]]:
+        return tuple, ()
+
+
 def observed(output: Tensor, x: Tensor, observers: Sequence[Observer]) -> Tensor:
     """Return `output`, whose gradient the observers will be told together with `x`.
 
@@ -45,17 +56,25 @@ def observed(output: Tensor, x: Tensor, observers: Sequence[Observer]) -> Tensor
         observers: Usually none.
 
     Raises:
-        ConfigError: under torch.compile, which would not call them.
+        ConfigError: while torch.compile traces, so that it leaves the caller to eager mode.
     """
-    if not observers or not output.requires_grad:
+    if not observers:
         return output
     if torch.compiler.is_compiling():
         raise ConfigError(
             "init='gradient' and residual observe gradients in eager mode only: do not compile the model "
             "(train.compile), or choose settings that need no gradient of the base"
         )
-    result: Tensor = _Observed.apply(output, x, observers)  # type: ignore[no-untyped-call]
-    return result
+    if not output.requires_grad:
+        return output
+    return _untraced()(output, x, observers)
+
+
+@functools.cache
+def _untraced() -> Callable[[Tensor, Tensor, Sequence[Observer]], Tensor]:
+    # Made on first use, since making it imports the compiler; where `observed` is left to eager mode, this is
+    # too, instead of being traced by itself.
+    return torch.compiler.disable(_Observed.apply)  # type: ignore[no-any-return]
 
 
 class _Observed(torch.autograd.Function):

@@ -16,7 +16,7 @@ from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.gradient_init import GradientInitReport, Sketch, take_gradient_rows_
 from relora.method.linear import LoRALinear
-from relora.method.observe import refuse_compiled
+from relora.method.observe import Observers, refuse_compiled
 
 
 class Watch:
@@ -59,7 +59,8 @@ class Watch:
         ]
         watching = [observers for observers in (complement, self._sketches) if observers]
         for position, layer in enumerate(self._layers):
-            layer.observers = tuple(observers[position] for observers in watching)
+            told = [observers[position] for observers in watching]
+            layer.observers = Observers(told) if told else ()
 
     def take_gradient_rows_(self, *, seen: bool = True) -> GradientInitReport | None:
         """Give layers that a restart has just re-initialised the rows their gradients call for.
