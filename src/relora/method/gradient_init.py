@@ -3,12 +3,12 @@
 The rows of lora_A are the top right-singular vectors of G = sum of g^T x over the micro batches of the last
 step of a cycle, and over ranks. G itself (out, in) is never formed. Kept is a linear sketch of it
 
-    S = Omega^T G = sum over micro batches of (g Omega)^T x,    (k, in),  k = min(2 rank, out, in)
+    S = Omega^T G = sum over micro batches of (g Omega)^T x,    (k, in)
 
-with a Gaussian Omega (out, k) drawn from (seed, restart_index, layer name). S is small and adds up over micro
-batches and ranks, and the row space of S holds the top of G's (Halko, Martinsson, Tropp 2011). One pass
-leaves no room for a power iteration, so twice the rank is sketched instead; docs/beyond.md says what that
-captures by spectrum.
+with random signs Omega (out, k) drawn from (seed, restart_index, layer name). S adds up over micro batches
+and ranks, and its row space holds the top of G's (Halko, Martinsson, Tropp 2011). A power iteration would
+need G again after S is complete, so more than the rank is sketched instead, k = max(2 rank, rank + 8);
+docs/beyond.md says what that captures by spectrum. In that one step a layer holds 4 k in + k out bytes more.
 
 `init_mix` of the rows are random and orthogonal to the others, and so are rows beyond the rank of G. A layer
 without a finite, non-zero gradient in that step (an unrouted expert), every layer at injection, and every
@@ -25,7 +25,7 @@ from relora.method.linear import LoRALinear
 from relora.method.ranks import sum_over_ranks_, take_from_first_rank_
 from relora.method.seeds import derived_generator
 
-_OVERSAMPLING = 2
+_OVERSAMPLING = 8  # rows at least, and at least as many as the rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,13 @@ class Sketch:
     @property
     def _width(self) -> int:
         layer = self.layer
-        return min(_OVERSAMPLING * layer.config.rank, layer.out_features, layer.in_features)
+        wanted = layer.config.rank + max(layer.config.rank, _OVERSAMPLING)
+        return min(wanted, layer.out_features, layer.in_features)
 
     def _draw_omega(self) -> Tensor:
         shape = (self.layer.out_features, self._width)
-        gaussian = torch.empty(shape, dtype=torch.float32, device="cpu")
-        gaussian.normal_(generator=derived_generator(*self._key, "sketch"))
-        return gaussian.mul_(self.layer.out_features**-0.5)
+        bits = torch.empty(shape, dtype=torch.int8, device="cpu")
+        return bits.random_(0, 2, generator=derived_generator(*self._key, "sketch")).mul_(2).sub_(1)
 
     def rows(self) -> tuple[Tensor, int]:
         """Return lora_A and how many of its rows, the first ones, are singular vectors of the gradient.
