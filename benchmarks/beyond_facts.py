@@ -35,8 +35,10 @@ def captured(side: int, rank: int, *, decay: float, trials: int = 5) -> dict[str
         assert isinstance(layer, LoRALinear)
         sketch = Sketch(layer, seed=seed, restart_index=1)
         sketch.observe(torch.eye(side), gradient.T)
+        drawn = sketch.rows()
+        assert drawn is not None
         rows = {
-            "sketch": sketch.rows()[0].float(),
+            "sketch": drawn[0].float(),
             "random": layer.lora_A.detach(),
             "rank + 8, one power iteration": iterated(gradient, rank, seed),
         }

@@ -39,7 +39,9 @@ def rows_of(gradient, *, rank, mix=0.0, restart_index=1, parts=1):
     sketch = Sketch(layer, seed=0, restart_index=restart_index)
     for x, g in zip(torch.eye(width).chunk(parts), gradient.T.chunk(parts), strict=True):
         sketch.observe(x, g)
-    rows, kept = sketch.rows()
+    drawn = sketch.rows()
+    assert drawn is not None
+    rows, kept = drawn
     np.testing.assert_allclose(rows @ rows.T, np.eye(rank), atol=1e-10)
     return rows.numpy(), kept
 
@@ -151,6 +153,13 @@ def test_a_gradient_that_is_not_finite_counts_as_none():
     report = loop.relora.after_step(4)
     assert report.gradient_init.without_gradient == ("up",)
     assert loop.model.up.lora_A.isfinite().all()
+
+
+def test_rows_that_are_all_random_by_choice_are_no_sign_of_a_missing_gradient():
+    loop = Loop(replaced(init_mix=1.0))
+    loop.run(1, 4)
+    assert loop.reports[0].gradient_init.without_gradient == ()
+    assert loop.reports[0].gradient_init.gradient_rows == 0
 
 
 def test_the_first_cycle_and_the_public_merge_are_random_orthonormal():

@@ -74,17 +74,17 @@ class Sketch:
         bits = torch.empty(shape, dtype=torch.int8, device="cpu")
         return bits.random_(0, 2, generator=derived_generator(*self._key, "sketch")).mul_(2).sub_(1)
 
-    def rows(self) -> tuple[Tensor, int]:
+    def rows(self) -> tuple[Tensor, int] | None:
         """Return lora_A and how many of its rows, the first ones, are singular vectors of the gradient.
 
         Returns:
-            (rank, in_features) with orthonormal rows, in the layer's merge dtype; and 0 if there was no
-            gradient to speak of.
+            (rank, in_features) with orthonormal rows, in the layer's merge dtype, and the number; None if
+            there was no finite, non-zero gradient.
         """
         config, dtype = self.layer.config, self.layer.merge_dtype
         total = self.total.to(dtype)
-        if not bool(total.isfinite().all()):
-            total = torch.zeros_like(total)
+        if not bool(total.isfinite().all() & total.any()):
+            return None
         # S^T = Q R, so S = R^T Q^T, whose small factor has the singular values.
         basis, triangle = torch.linalg.qr(total.T)
         _, values, right = torch.linalg.svd(triangle.T)
@@ -114,15 +114,16 @@ def take_gradient_rows_(layers: Sequence[LoRALinear], sketches: Sequence[Sketch]
         sketches: Of the same layers, or none at all, where no step has been observed.
     """
     sum_over_ranks_([sketch.total for sketch in sketches])
-    drawn = [sketch.rows() for sketch in sketches]
-    used = [(sketch.layer.lora_A, rows) for sketch, (rows, kept) in zip(sketches, drawn, strict=True) if kept]
-    for lora_A, rows in used:
-        lora_A.copy_(rows)
+    num_gradient_rows: dict[LoRALinear, int] = {}
+    for sketch in sketches:
+        drawn = sketch.rows()
+        if drawn is not None:
+            rows, num_gradient_rows[sketch.layer] = drawn
+            sketch.layer.lora_A.copy_(rows)
     # Ranks have the same sums; whether their linear algebra has the same bits is not left to chance.
-    take_from_first_rank_([lora_A.detach() for lora_A, _ in used])
-    seen = {sketch.layer.name for sketch, (_, kept) in zip(sketches, drawn, strict=True) if kept}
+    take_from_first_rank_([layer.lora_A.detach() for layer in num_gradient_rows])
     return GradientInitReport(
         rows=sum(layer.config.rank for layer in layers),
-        gradient_rows=sum(kept for _, kept in drawn),
-        without_gradient=tuple(layer.name for layer in layers if layer.name not in seen),
+        gradient_rows=sum(num_gradient_rows.values()),
+        without_gradient=tuple(layer.name for layer in layers if layer not in num_gradient_rows),
     )
