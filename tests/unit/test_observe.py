@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from loops import Loop
 from method_samples import LAYER_KINDS, layers_of, mlp
 from relora import ConfigError, ReLoRA, ReLoRAConfig, fold, inject
-from relora.method.observe import Observers
+from relora.method.observe import Observers, observed
 
 CONFIG = ReLoRAConfig(rank=3, factors="B", restart_every=100)
 WATCHING = ReLoRAConfig(rank=3, factors="B", restart_every=3, residual="sign", scaling_rule="matched")
@@ -74,6 +74,25 @@ def test_an_activation_may_work_in_place_on_an_observed_output():
     model(x).square().sum().backward()
     plain(x).square().sum().backward()
     torch.testing.assert_close(recorders["0"].gradients[0], plain[0].weight.grad.double())
+
+
+def test_an_output_that_is_a_view_made_inside_another_node_is_observed_too():
+    class Reshaping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x)
+            return (x.reshape(-1, x.shape[-1]) @ weight.T).view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            return None, gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+    recorder, weight = Recorder(), torch.randn(5, 4, requires_grad=True)
+    x = torch.randn(2, 3, 4)
+    output = observed(Reshaping.apply(x, weight), x, Observers([recorder]))
+    torch.relu(output).square().sum().backward()
+    torch.testing.assert_close(recorder.gradients[0].float(), weight.grad)
 
 
 def test_nothing_is_kept_for_a_layer_without_observers_nor_where_no_gradient_is_wanted():

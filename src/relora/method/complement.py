@@ -173,7 +173,7 @@ class LayerObserver:
         layer.claim_residual_()
         return LayerComplement(
             name=layer.name,
-            entries=layer.weight.numel(),
+            entries=held.numel(),
             moved=moved,
             square=square,
             non_finite=self.num_non_finite,
