@@ -85,8 +85,8 @@ class _Observed(torch.autograd.Function):
         # As saved tensor, not in a closure: checkpointing and offloading then do with it what they do.
         ctx.save_for_backward(x)
         ctx.observers = observers
-        # Returned as it is, it would be a view, which an in-place activation after the layer may not change. A
-        # view made inside another node may not be marked, and such an activation is refused without us too.
+        # Returned as it is, it would be a view, which an in-place activation after the layer may not change.
+        # A view made inside another node may not be marked; with one, torch refuses that activation anyway.
         if not output._is_view():
             ctx.mark_dirty(output)
         return output
