@@ -24,6 +24,10 @@ DEFAULTS: dict[str, Any] = {
     "reset_mask": "coupled",
     "reset_step_count": False,
     "init": "kaiming",
+    "init_mix": 0.0,
+    "residual": "none",
+    "residual_scale": 1.0,
+    "residual_every": 1,
     "restart_growth": 1.0,
     "merge_precision": "float32",
 }
@@ -42,7 +46,11 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     *(("reset_ratio", value) for value in (-0.01, 1.01, math.nan, "0.9")),
     *(("reset_mask", value) for value in ("joint", None)),
     *(("reset_step_count", value) for value in (1, "yes", None)),
-    *(("init", value) for value in ("zero", "gradient", None)),
+    *(("init", value) for value in ("zero", "svd", None)),
+    *(("init_mix", value) for value in (-0.1, 1.1, math.nan, "0.5")),
+    *(("residual", value) for value in ("adam", None, True)),
+    *(("residual_scale", value) for value in (0.0, -1.0, math.inf)),
+    *(("residual_every", value) for value in (0, -1, 2.0, None)),
     *(("restart_growth", value) for value in (0.0, -1.0, math.inf)),
     *(("merge_precision", value) for value in ("bfloat16", None)),
     *(("base_weight_decay", value) for value in (-0.1, math.nan)),
@@ -119,3 +127,12 @@ def test_a_frozen_lora_A_is_orthonormal_whatever_init_says() -> None:
     assert ReLoRAConfig(factors="B", init="kaiming").factor_init == "orthonormal"
     assert ReLoRAConfig(factors="both", init="kaiming").factor_init == "kaiming"
     assert ReLoRAConfig(factors="both", init="orthonormal").factor_init == "orthonormal"
+    for init in ("cover", "gradient"):
+        assert ReLoRAConfig(factors="B", init=init).factor_init == init
+
+
+def test_settings_that_do_not_go_together_are_all_named() -> None:
+    with pytest.raises(ConfigError, match="2 problems") as refusal:
+        ReLoRAConfig(factors="both", residual="column", reset="transport")
+    assert "residual must be 'none' unless" in str(refusal.value)
+    assert "reset must not be 'transport' unless" in str(refusal.value)

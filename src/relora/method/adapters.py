@@ -32,6 +32,12 @@ class OptimizerAdapter:
     """State key of the per-parameter step count, if there is one."""
     auxiliary: tuple[str, ...] = ()
     """State keys that only serve to decode the moments; a reset leaves them as they are."""
+    first: tuple[str, ...] = ()
+    """Those of the moments that are linear in past gradients; reset="transport" carries them."""
+    second: tuple[str, ...] = ()
+    """Those that average squares of past gradients, or their maxima."""
+    write_tolerance: float = 0.0
+    """How far `read` may be from what `write_` was given, over its largest value; 0 unless encoded."""
 
     def read(self, state: State, moment: str) -> Tensor:
         """Return the values of a moment as a floating-point tensor, decoded if need be.
@@ -59,6 +65,10 @@ class OptimizerAdapter:
         """Say why this moment cannot be reset by `method`, None if it can; asked before anything changes."""
         del state, moment, method
         return None
+
+    def write_(self, state: State, moment: str, values: Tensor) -> None:
+        """Store the values of a moment, in the shape and dtype that `read` returns, encoded if need be."""
+        state[moment].copy_(values)
 
     def reset_step_(self, state: State) -> bool:
         """Set the step count to 0 in place; return whether there was one."""
@@ -122,18 +132,20 @@ def adapter_for(optimizer: Optimizer) -> OptimizerAdapter:
 
 
 # AdamW derives from Adam, and the foreach, fused and amsgrad variants keep the same keys.
-register_optimizer_adapter(
-    OptimizerAdapter(
-        optimizer=torch.optim.Adam, moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), step="step"
+for _adam_family in (torch.optim.Adam, torch.optim.AdamW):
+    register_optimizer_adapter(
+        OptimizerAdapter(
+            optimizer=_adam_family,
+            moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+            step="step",
+            first=("exp_avg",),
+            second=("exp_avg_sq", "max_exp_avg_sq"),
+        )
     )
-)
-register_optimizer_adapter(
-    OptimizerAdapter(
-        optimizer=torch.optim.AdamW, moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), step="step"
+for _momentum_family in (torch.optim.SGD, torch.optim.Muon):
+    register_optimizer_adapter(
+        OptimizerAdapter(optimizer=_momentum_family, moments=("momentum_buffer",), first=("momentum_buffer",))
     )
-)
-register_optimizer_adapter(OptimizerAdapter(optimizer=torch.optim.SGD, moments=("momentum_buffer",)))
-register_optimizer_adapter(OptimizerAdapter(optimizer=torch.optim.Muon, moments=("momentum_buffer",)))
 # Its factored second moments are a row and a column; each is pruned by its own magnitude.
 register_optimizer_adapter(
     OptimizerAdapter(optimizer=torch.optim.Adafactor, moments=("row_var", "col_var", "variance"), step="step")

@@ -9,9 +9,10 @@ from relora.errors import ConfigError
 
 Factors = Literal["both", "B"]
 ScalingRule = Literal["alpha/r", "rslora", "matched", "learned"]
-ResetMethod = Literal["zero", "random", "magnitude", "none"]
+ResetMethod = Literal["zero", "random", "magnitude", "none", "transport"]
 ResetMask = Literal["coupled", "separate"]
-FactorInit = Literal["kaiming", "orthonormal"]
+FactorInit = Literal["kaiming", "orthonormal", "cover", "gradient"]
+Residual = Literal["none", "sign", "column"]
 MergePrecision = Literal["float32", "native"]
 Forward = Literal["auto", "factored", "effective"]
 BaseDtype = Literal["keep", "bf16", "int8", "nf4"]
@@ -48,7 +49,8 @@ class ReLoRAConfig:
     restart_every: int = 1000
     """Steps in a cycle, counted from the step of injection."""
     reset: ResetMethod = "magnitude"
-    """What a restart does to the factors' optimizer state: "zero", "random", "magnitude" or "none"."""
+    """What a restart does to the factors' optimizer state: "zero", "random", "magnitude", "none", or
+    "transport" (factors="B"): carried into the new lora_A's coordinates."""
     reset_ratio: float = 0.99
     """Fraction of entries zeroed by "random" and "magnitude": round(ratio * numel) of each tensor."""
     reset_mask: ResetMask = "coupled"
@@ -56,8 +58,17 @@ class ReLoRAConfig:
     reset_step_count: bool = False
     """Also set the optimizer's step count of the factors to 0, which restores Adam's bias correction."""
     init: FactorInit = "kaiming"
-    """How a new lora_A is drawn: "kaiming" (uniform, a = sqrt 5) or "orthonormal" rows; with factors="B" it
-    is orthonormal either way. lora_B always starts at 0."""
+    """How a new lora_A is drawn: "kaiming" (uniform, a = sqrt 5); "orthonormal" rows; "cover", orthonormal
+    blocks that cover the input space once a sweep; "gradient", at restarts the top right-singular vectors of
+    the base's gradient. With factors="B", "kaiming" means "orthonormal". lora_B always starts at 0."""
+    init_mix: float = 0.0
+    """Fraction of the rows of init="gradient" that are random, orthogonal to the others."""
+    residual: Residual = "none"
+    """A stateless step on the gradient's part outside lora_A's rows (factors="B"): "sign" or "column"."""
+    residual_scale: float = 1.0
+    """Size of the residual's step, over that of the factors."""
+    residual_every: int = 1
+    """Every how many steps the residual is observed and stepped on, counted from the step of injection."""
     restart_growth: float = 1.0
     """Cycle k lasts round(restart_every * restart_growth^k) steps."""
     merge_precision: MergePrecision = "float32"
@@ -105,7 +116,7 @@ class ReLoRAConfig:
     @property
     def factor_init(self) -> FactorInit:
         """The initialisation in force: a frozen lora_A is always row-orthonormal."""
-        return "orthonormal" if self.factors == "B" else self.init
+        return "orthonormal" if self.factors == "B" and self.init == "kaiming" else self.init
 
     def _violations(self) -> list[str]:
         return [
@@ -123,6 +134,10 @@ class ReLoRAConfig:
             *_choice("reset_mask", self.reset_mask, get_args(ResetMask)),
             *_boolean("reset_step_count", self.reset_step_count),
             *_choice("init", self.init, get_args(FactorInit)),
+            *_number("init_mix", self.init_mix, least=0.0, most=1.0),
+            *_choice("residual", self.residual, get_args(Residual)),
+            *_number("residual_scale", self.residual_scale, above=0.0),
+            *_integer("residual_every", self.residual_every, least=1),
             *_number("restart_growth", self.restart_growth, above=0.0),
             *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
             *_choice("base_dtype", self.base_dtype, get_args(BaseDtype)),
@@ -130,6 +145,7 @@ class ReLoRAConfig:
             *self._storage(),
             *_choice("forward", self.forward, get_args(Forward)),
             *_number("base_weight_decay", self.base_weight_decay, least=0.0),
+            *self._unfit_together(),
         ]
 
     def _storage(self) -> list[str]:
@@ -143,6 +159,22 @@ class ReLoRAConfig:
                 "merge_precision='native' keeps no master: base_dtype must be 'keep' and master 'device'"
             )
         return problems
+
+    def _unfit_together(self) -> list[str]:
+        violations = []
+        if self.factors != "B" and self.residual in ("sign", "column"):
+            violations.append(
+                "residual must be 'none' unless factors='B': lora_A must be frozen and orthonormal to have a "
+                "complement"
+            )
+        if self.factors != "B" and self.reset == "transport":
+            violations.append(
+                "reset must not be 'transport' unless factors='B': a lora_A that trains leaves nothing exact "
+                "to carry"
+            )
+        if self.reset == "transport" and self.reset_step_count:
+            violations.append("reset_step_count must be false with reset='transport', which keeps moments")
+        return violations
 
 
 def _integer(name: str, value: object, *, least: int) -> list[str]:

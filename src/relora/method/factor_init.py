@@ -6,22 +6,43 @@ that to the learning rate itself. A new policy is one more entry of `FACTOR_INIT
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from relora.method.cover import cover_rows
+from relora.method.seeds import derived_generator
+from relora.method.threads import one_thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Which lora_A is to be drawn: what its numbers are a function of."""
+
+    rank: int
+    in_features: int
+    seed: int
+    restart_index: int
+    name: str
+    """The layer's."""
+
+    def generator(self, purpose: str = "lora_A") -> torch.Generator:
+        """Return a CPU generator of this draw's own."""
+        return derived_generator(self.seed, self.restart_index, self.name, purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorInit:
     """One way of drawing lora_A."""
 
-    draw: Callable[[int, int, torch.Generator], Tensor]
-    """(rank, in_features, generator) -> float32 CPU tensor of shape (rank, in_features)."""
+    draw: Callable[[Draw], Tensor]
+    """Returns a float32 CPU tensor of shape (rank, in_features)."""
     rms: Callable[[int], float]
     """in_features -> expected root mean square of an entry."""
+    needs_gradient: bool = False
+    """Whether a restart replaces the draw by rows made of the base's gradient, where a layer has one."""
 
 
 def _blank(rows: int, columns: int) -> Tensor:
@@ -29,34 +50,33 @@ def _blank(rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
-def _kaiming(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+def _kaiming(draw: Draw) -> Tensor:
     # Kaiming-uniform with a = sqrt(5) and fan_in = in_features is U(-1/sqrt(in), 1/sqrt(in)) (paper 2).
-    bound = 1 / math.sqrt(in_features)
-    return _blank(rank, in_features).uniform_(-bound, bound, generator=generator)
+    bound = 1 / math.sqrt(draw.in_features)
+    return _blank(draw.rank, draw.in_features).uniform_(-bound, bound, generator=draw.generator())
 
 
-def _orthonormal(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
-    gaussian = _blank(in_features, rank).normal_(generator=generator)
-    with _one_thread():
+def _orthonormal(draw: Draw) -> Tensor:
+    gaussian = _blank(draw.in_features, draw.rank).normal_(generator=draw.generator())
+    with one_thread():
         columns, triangle = torch.linalg.qr(gaussian)
     # The sign of R's diagonal is the only freedom of QR; fixing it makes the rows uniformly distributed.
     rows: Tensor = (columns * triangle.diagonal().sign()).T.contiguous()
     return rows
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # LAPACK rounds as its threads share the work out: ranks, or a run and its resumption, that have unlike
-    # numbers of threads would get factors that differ in their last bits, and go on from there apart.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+def _cover(draw: Draw) -> Tensor:
+    return cover_rows(draw.rank, draw.in_features, index=draw.restart_index, key=(draw.seed, draw.name))
+
+
+def _orthonormal_rms(in_features: int) -> float:
+    return 1 / math.sqrt(in_features)
 
 
 FACTOR_INITS: dict[str, FactorInit] = {
     "kaiming": FactorInit(draw=_kaiming, rms=lambda in_features: 1 / math.sqrt(3 * in_features)),
-    "orthonormal": FactorInit(draw=_orthonormal, rms=lambda in_features: 1 / math.sqrt(in_features)),
+    "orthonormal": FactorInit(draw=_orthonormal, rms=_orthonormal_rms),
+    "cover": FactorInit(draw=_cover, rms=_orthonormal_rms),
+    # Random rows at injection, and where no gradient was seen; module `gradient_init` has the rest.
+    "gradient": FactorInit(draw=_orthonormal, rms=_orthonormal_rms, needs_gradient=True),
 }

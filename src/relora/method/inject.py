@@ -173,6 +173,11 @@ def _warn_of_settings(config: ReLoRAConfig, choice: TargetChoice) -> None:
         messages.append(
             "master='host' has no effect: a float32 base is its own master; base_dtype='bf16' halves it"
         )
+    if config.init != "gradient" and config.init_mix:
+        messages.append(f"init_mix has no effect with init={config.init!r}")
+    if config.residual == "none":
+        given = {"residual_scale": config.residual_scale, "residual_every": config.residual_every}
+        messages += [f"{name} has no effect with residual='none'" for name, k in given.items() if k != 1]
     messages += [f"pattern {pattern!r} matches no module" for pattern in choice.unmatched_patterns]
     for message in messages:
         warnings.warn(message, stacklevel=3)

@@ -8,7 +8,7 @@ model included, still finds what it knew.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypedDict, cast
 
 import torch
@@ -19,7 +19,7 @@ from relora.errors import ConfigError
 from relora.method.base import FrozenBase
 from relora.method.codecs import BaseCodec
 from relora.method.config import ReLoRAConfig
-from relora.method.factor_init import FACTOR_INITS
+from relora.method.factor_init import FACTOR_INITS, Draw
 from relora.method.forward import (
     InputCasts,
     compute_dtype,
@@ -29,12 +29,12 @@ from relora.method.forward import (
     plain_linear,
 )
 from relora.method.master import keeping
+from relora.method.observe import Observer, observed
 from relora.method.scaling import initial_scaling
-from relora.method.seeds import derived_generator
 
 _FACTORS = ("lora_A", "lora_B", "lora_scaling")
 _OWN_ATTRIBUTES = {
-    *("config", "name", "is_transposed", "fixed_scaling"),
+    *("config", "name", "is_transposed", "fixed_scaling", "observers"),
     *("_plain_type", "_plain_trains", "_plain_attributes", "_plain_dtype", "_pending_draw"),
     *("_codec", "_host_residual", "_residual_owner", "_casts"),
 }
@@ -54,6 +54,8 @@ class LoRALinear(FrozenBase):
     lora_scaling: nn.Parameter | None
 
     fixed_scaling: float
+    observers: Sequence[Observer]
+    """Told of the base's gradient in each backward pass; ReLoRA sets them for the step to come."""
     _plain_type: type[nn.Module]
     _plain_trains: bool
     _plain_attributes: dict[str, Any]
@@ -78,7 +80,7 @@ class LoRALinear(FrozenBase):
         layer.__class__ = cls
         wrapped = cast(Self, layer)
         wrapped.config, wrapped.name, wrapped.is_transposed = config, name, is_transposed
-        wrapped._casts = casts
+        wrapped._casts, wrapped.observers = casts, ()
         wrapped._plain_type, wrapped._plain_trains = plain_type, wrapped.weight.requires_grad
         wrapped._plain_attributes = {k: plain_attributes[k] for k in _OWN_ATTRIBUTES & set(plain_attributes)}
         wrapped._add_factors(seed)
@@ -145,13 +147,15 @@ class LoRALinear(FrozenBase):
         """
         if self._uses_effective_weight(input):
             factors = (self.lora_A, self.lora_B, self.scaling)
-            return effective_linear(
+            output = effective_linear(
                 input, self.bias, *factors, *self.base_parts, **self._layout, casts=self._casts
             )
+            return observed(output, input, self.observers)
         # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
         low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling
-        return self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
+        output = self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
+        return observed(output, input, self.observers)
 
     def _uses_effective_weight(self, input: Tensor) -> bool:
         """Choose between the forward paths. Dropout, a base that somebody has unfrozen and nested tensors
@@ -199,9 +203,14 @@ class LoRALinear(FrozenBase):
         """Start new factors: lora_A drawn from (seed, restart_index, name), lora_B zero."""
         self._pending_draw = (seed, restart_index) if self.lora_A.is_meta else None
         if not self.lora_A.is_meta:
-            generator = derived_generator(seed, restart_index, self.name, "lora_A")
-            draw = FACTOR_INITS[self.config.factor_init].draw
-            self.lora_A.copy_(draw(self.config.rank, self.in_features, generator))
+            draw = Draw(
+                rank=self.config.rank,
+                in_features=self.in_features,
+                seed=seed,
+                restart_index=restart_index,
+                name=self.name,
+            )
+            self.lora_A.copy_(FACTOR_INITS[self.config.factor_init].draw(draw))
         self.lora_B.zero_()
 
     @torch.no_grad()

@@ -32,6 +32,8 @@ class ParameterReset:
     entries_targeted: int
     entries_zeroed: int
     """Targeted entries that read 0 afterwards; equal to `entries_targeted`, or the reset has raised."""
+    entries_carried: int = 0
+    """Entries rewritten in the coordinates of the new factors by "transport"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,11 @@ class ResetReport:
     def entries_zeroed(self) -> int:
         """Targeted entries that are zero now."""
         return sum(parameter.entries_zeroed for parameter in self.parameters)
+
+    @property
+    def entries_carried(self) -> int:
+        """Entries that "transport" rewrote."""
+        return sum(parameter.entries_carried for parameter in self.parameters)
 
     @property
     def zeroed_fraction(self) -> float:

@@ -2,7 +2,8 @@
 
 A restart is merge, reinit and optimizer reset, in that order and as a whole: what could be refused is checked
 before the first weight changes. It happens in place, so Parameters, the optimizer's references to them,
-compiled graphs and DDP buckets stay valid.
+compiled graphs and DDP buckets stay valid. What a config needs to see of the base's gradient (`residual`,
+init="gradient") is observed in the steps that need it, which are known from the calendar.
 """
 
 import operator
@@ -17,13 +18,17 @@ from torch.optim import Optimizer
 
 from relora.errors import CheckpointError, ConfigError
 from relora.method.adapters import adapter_for
+from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig, ResetMethod
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import merge_, refuse_sharded, reinit_
-from relora.method.reset import check_resettable, reset_optimizer_state_
+from relora.method.reset import check_resettable
 from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar
 from relora.method.seeds import derived_seed
+from relora.method.state_policies import NEEDS_OVERLAPS, STATE_POLICIES, Renewal
+from relora.method.transport import overlap, refuse_untransportable
+from relora.method.watch import Watch
 
 Factor = tuple[str, nn.Parameter]
 
@@ -42,7 +47,11 @@ class ReLoRA:
 
     Raises:
         ConfigError: if the model holds no factors, was injected with another config or is sharded, an
-            optimizer lacks factors or is of an unknown family, or the calendar is out of range.
+            optimizer lacks factors or is of an unknown family, the calendar is out of range, or the model is
+            compiled and the config observes gradients.
+
+    Attributes:
+        complement_report: What the last step on the complement did (`residual`); None before the first.
     """
 
     def __init__(
@@ -74,9 +83,14 @@ class ReLoRA:
         self._refuse_unfit_layers()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._held = self._factors_by_optimizer(optimizers)
+        for held_by, _ in self._held if config.reset in NEEDS_OVERLAPS else ():
+            refuse_untransportable(held_by)
         adapters = [adapter_for(held_by) for held_by, _ in self._held]
         if config.reset_step_count and all(adapter.step is None for adapter in adapters):
             warnings.warn("reset_step_count has no effect: the optimizer counts no steps", stacklevel=2)
+        self.complement_report: ComplementReport | None = None
+        self._watch = Watch(model, self._layers, config, seed=seed)
+        self._watch_next_step()
 
     def after_step(self, step: int) -> RestartReport | None:
         """Restart if `step` ends a cycle; call it after `optimizer.step()` of every step, in order.
@@ -105,50 +119,72 @@ class ReLoRA:
                 f"after_step({step}) lies past end={self.calendar.end}, the last step: build ReLoRA with the "
                 "end of the longer run"
             )
+        self._watch.refuse_unseen(step)
         keep = self._keep
         if self.config.base_weight_decay:
             keep *= 1 - self._factor_lr() * self.config.base_weight_decay
         report = self._restart(step, keep) if self.calendar.restarts_at(step) else None
         self._step, self._keep = step, 1.0 if report else keep
+        # After the restart, which commutes with it and may refuse: then no weight has changed.
+        moved = self._watch.step_complement_(step, [optimizer for optimizer, _ in self._held])
+        self.complement_report = moved or self.complement_report
+        self._watch_next_step()
         return report
+
+    def discard_step(self) -> None:
+        """Forget what was observed of a step that is given up, before its batch is replaced by another.
+
+        Call it instead of `after_step`, where a loop skips `optimizer.step()` and tries the step again.
+        """
+        self._watch_next_step()
 
     def catch_up(self) -> RestartReport | None:
         """Do the restart that a run left out because it ended on that step, where a longer one goes on.
 
         Call it after `load_state_dict`; the learning rate of the longer run drops there too. One that
-        was left out further back stays so: the learning rate has re-warmed without it.
+        was left out further back stays so: the learning rate has re-warmed without it. With init="gradient"
+        its step's gradient is gone: the new lora_A is random, and the report names every layer.
 
         Returns:
             What the restart did, or None if this step has none or had it.
         """
         if self._restarted_at == self._step or not self.calendar.restarts_at(self._step):
             return None
-        report = self._restart(self._step, self._keep)
+        report = self._restart(self._step, self._keep, seen=False)
         self._keep = 1.0
+        self._watch_next_step()
         return report
 
     @torch.no_grad()
-    def _restart(self, step: int, keep: float) -> RestartReport:
+    def _restart(self, step: int, keep: float, *, seen: bool = True) -> RestartReport:
         self._refuse_other_factors()
         for optimizer, factors, method in self._resets():
             check_resettable(optimizer, factors, method=method)
         merge = merge_(self._layers, keep=keep)
         index = self.restart_index + 1
+        old = self._layers if self.config.reset in NEEDS_OVERLAPS else ()
+        old_As = {f"{layer.name}.lora_B".lstrip("."): layer.lora_A.detach().clone() for layer in old}
         reinit_(self._layers, seed=self.seed, restart_index=index)
+        gradient_init = self._watch.take_gradient_rows_(seen=seen)
+        overlaps = {
+            name: overlap(old_A, layer) for (name, old_A), layer in zip(old_As.items(), old, strict=True)
+        }
+        renewal = Renewal(config=self.config, seed=derived_seed(self.seed, index), overlaps=overlaps)
         resets = tuple(
-            reset_optimizer_state_(
-                optimizer,
-                factors,
-                method=method,
-                ratio=self.config.reset_ratio,
-                mask=self.config.reset_mask,
-                seed=derived_seed(self.seed, index),
-                reset_step_count=self.config.reset_step_count,
-            )
+            STATE_POLICIES[method](optimizer, factors, method, renewal)
             for optimizer, factors, method in self._resets()
         )
         self.restart_index, self._restarted_at = index, step
-        return RestartReport(restart_index=index, step=step, merge=merge, resets=resets)
+        return RestartReport(
+            restart_index=index, step=step, merge=merge, resets=resets, gradient_init=gradient_init
+        )
+
+    def _watch_next_step(self) -> None:
+        self._watch.begin_step(
+            self._step - self.calendar.start,
+            next_restart_index=self.restart_index + 1,
+            ends_cycle=self.calendar.restarts_at(self._step + 1),
+        )
 
     def _resets(self) -> Iterator[tuple[Optimizer, list[Factor], ResetMethod]]:
         """Yield what a restart resets, and how."""
@@ -189,6 +225,7 @@ class ReLoRA:
             )
         self._step, self._keep = state["step"], state["keep"]
         self.restart_index, self._restarted_at = state["restart_index"], state["restarted_at"]
+        self._watch_next_step()
 
     def _identity(self) -> dict[str, Any]:
         return {

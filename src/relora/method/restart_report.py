@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from relora.method.gradient_init import GradientInitReport
 from relora.method.merge import LayerMerge, MergeReport
 from relora.method.reset import ParameterReset, ResetReport
 
@@ -17,6 +18,8 @@ class RestartReport:
     merge: MergeReport
     resets: tuple[ResetReport, ...]
     """One for each optimizer that holds factors, and one for learned scalings if there are any."""
+    gradient_init: GradientInitReport | None = None
+    """Where the new lora_A come from with init="gradient"; else None."""
 
     @property
     def max_function_change(self) -> float:
@@ -49,6 +52,11 @@ class RestartReport:
         return sum(reset.entries_zeroed for reset in self.resets)
 
     @property
+    def entries_carried(self) -> int:
+        """Optimizer state entries rewritten in the coordinates of the new factors."""
+        return sum(reset.entries_carried for reset in self.resets)
+
+    @property
     def without_state(self) -> tuple[str, ...]:
         """Factors the optimizer had no state of yet."""
         return tuple(name for reset in self.resets for name in reset.without_state)
@@ -72,19 +80,30 @@ class RestartReport:
             "relative_merge_error": self.relative_merge_error,
             "entries_targeted": self.entries_targeted,
             "entries_zeroed": self.entries_zeroed,
+            "entries_carried": self.entries_carried,
             "num_layers": self.num_layers,
             "num_states": self.num_states,
             "step_counts_reset": sum(reset.step_counts_reset for reset in self.resets),
             "unmoved_layers": list(self.merge.unmoved_layers),
             "without_state": list(self.without_state),
+            "gradient_init": self._gradient_init(),
             "layers": [asdict(layer) for layer in self.layers],
             "parameters": [asdict(parameter) for parameter in self.parameters],
         }
 
     def __str__(self) -> str:
         entries = sum(parameter.entries for parameter in self.parameters)
+        zeroed = (
+            f"{self.entries_zeroed:,} of {entries:,} entries in {self.num_states} optimizer states zeroed"
+        )
+        carried = f", {self.entries_carried:,} carried" if self.entries_carried else ""
+        drawn = ""
+        if self.gradient_init is not None:
+            drawn = f", {self.gradient_init.gradient_rows} of {self.gradient_init.rows} rows from gradients"
         return (
             f"restart {self.restart_index} after step {self.step}: {self.num_layers} layers merged "
-            f"(error {self.relative_merge_error:.1e}), {self.entries_zeroed:,} of {entries:,} entries in "
-            f"{self.num_states} optimizer states zeroed"
+            f"(error {self.relative_merge_error:.1e}), {zeroed}{carried}{drawn}"
         )
+
+    def _gradient_init(self) -> dict[str, Any] | None:
+        return None if self.gradient_init is None else asdict(self.gradient_init)

@@ -1,0 +1,94 @@
+"""Print the numbers that docs/beyond.md quotes: what a sketch captures, how often votes tie.
+
+    python benchmarks/beyond_facts.py [--json]
+
+About a minute on one core; nothing here is a timing.
+"""
+
+import argparse
+import json
+
+import torch
+from torch import Tensor, nn
+
+from relora import LoRALinear, ReLoRAConfig, inject
+from relora.method.complement import RESIDUALS
+from relora.method.gradient_init import Sketch
+
+
+def with_spectrum(side: int, *, decay: float, seed: int) -> Tensor:
+    """Return a random (side, side) matrix whose i-th singular value is i^-decay."""
+    generator = torch.Generator().manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(side, side, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(side, side, generator=generator))
+    return (left * torch.arange(1, side + 1) ** -decay) @ right.T
+
+
+def captured(side: int, rank: int, *, decay: float, trials: int = 5) -> dict[str, float]:
+    """Return the energy of a gradient in lora_A's rows over that in the best rows, by ways to choose them."""
+    totals = {"sketch": 0.0, "random": 0.0, "rank + 8, one power iteration": 0.0}
+    for seed in range(trials):
+        gradient = with_spectrum(side, decay=decay, seed=seed)
+        best = float(torch.linalg.svdvals(gradient)[:rank].square().sum())
+        layer = nn.Linear(side, side, bias=False)
+        inject(layer, ReLoRAConfig(rank=rank, factors="B", init="gradient"), seed=seed)
+        assert isinstance(layer, LoRALinear)
+        sketch = Sketch(layer, seed=seed, restart_index=1)
+        sketch.observe(torch.eye(side), gradient.T)
+        drawn = sketch.rows()
+        assert drawn is not None
+        rows = {
+            "sketch": drawn[0].float(),
+            "random": layer.lora_A.detach(),
+            "rank + 8, one power iteration": iterated(gradient, rank, seed),
+        }
+        for way, chosen in rows.items():
+            totals[way] += float((gradient @ chosen.T).square().sum()) / best / trials
+    return totals
+
+
+def iterated(gradient: Tensor, rank: int, seed: int) -> Tensor:
+    """Return what a sketch of rank + 8 rows and one power iteration, which needs G twice more, would give."""
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn(len(gradient), rank + 8, generator=generator)
+    right, _ = torch.linalg.qr(gradient.T @ omega)
+    left, _ = torch.linalg.qr(gradient @ right)
+    rows: Tensor = torch.linalg.svd(left.T @ gradient, full_matrices=False).Vh[:rank]
+    return rows
+
+
+def moved_by_noise(num_micro_batches: int) -> float:
+    """Return the fraction of entries that a vote moves if every micro batch's gradient is pure noise."""
+    generator = torch.Generator().manual_seed(0)
+    votes = RESIDUALS["sign"]
+    held = torch.zeros(1000, 1000, dtype=torch.int8)
+    for before in range(num_micro_batches):
+        votes.add_(held, torch.randn(held.shape, generator=generator), before)
+    return float(votes.direction(held, votes.scale(held)).abs().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    facts = {
+        "captured energy, 512 x 512": {
+            f"rank {rank}, singular values i^-{decay:g}": captured(512, rank, decay=decay)
+            for rank in (32, 128)
+            for decay in (0.25, 0.5, 1.0, 2.0)
+        },
+        "entries moved by noise, by micro batches": {k: moved_by_noise(k) for k in (1, 2, 3, 4, 8, 16)},
+    }
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for title, rows in facts.items():
+        print(title)
+        for name, value in rows.items():
+            shown = value if isinstance(value, float) else {k: round(v, 3) for k, v in value.items()}
+            print(f"  {name}: {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""`residual`: a stateless step on the part of the gradient that the factors cannot see (H6, FRUGAL, Fira).
+
+With factors "B" a cycle moves W within the rows of lora_A only. Of G = g^T x, the base's gradient, they leave
+
+    G_perp = G - (G A^T) A,    A = lora_A, orthonormal rows
+
+and an observed step moves the base by it, without any state, at the size of the factors' own step:
+
+    W <- W - residual_scale * lr_eff * D,    lr_eff = lr * scaling * sqrt(rank) * rms(A)
+
+lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kappa * lr. D has RMS 1 at most:
+
+- "sign": the sign of a vote. Each micro batch on each rank votes sign(G_perp) entry by entry; D is the sign
+  of the sum (signSGD with majority vote, Bernstein et al. 2018). Not its mean: the mean shrinks as
+  votes cancel, and a step's size must not depend on how a batch is cut. A tie moves nothing. Votes are int8:
+  1 byte a weight.
+- "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 (SCALE's normalisation).
+  The sum is kept in bf16: 2 bytes a weight.
+
+Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again, as
+full rank pays; 4 * out * in * rank a micro batch for the projection; x kept for the backward, as at full
+rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed an all-reduce of
+them (1 or 2 bytes a weight). G is made a block of rows at a time (four million entries), never whole.
+
+Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from relora.errors import ConfigError
+from relora.method.complement_report import ComplementReport, LayerComplement
+from relora.method.config import ReLoRAConfig
+from relora.method.factor_init import FACTOR_INITS
+from relora.method.linear import LoRALinear
+from relora.method.ranks import num_ranks, sum_over_ranks_
+
+_INT8_MAX = 127
+
+
+class Residual(Protocol):
+    """How the complement's gradients of a step are held and what direction comes of them."""
+
+    dtype: torch.dtype
+    """Of what is held, one element a weight."""
+
+    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
+        """Add rows of one backward pass, after `num_before` others."""
+
+    def to_share(self, held: Tensor, world_size: int) -> Tensor:
+        """Return what may be summed over so many ranks."""
+
+    def scale(self, held: Tensor) -> Tensor:
+        """Return what `direction` needs to know of the whole matrix, broadcastable to its rows."""
+
+    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
+        """Return D for rows of what is held, in float32."""
+
+
+class SignVotes:
+    """The sign of the sum of signs, an int8 each."""
+
+    dtype = torch.int8
+
+    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
+        """Add votes; they saturate at 127, far from the tie that would decide."""
+        if num_before >= _INT8_MAX:
+            held.clamp_(1 - _INT8_MAX, _INT8_MAX - 1)
+        held.add_(perp.sign().to(self.dtype))
+
+    def to_share(self, held: Tensor, world_size: int) -> Tensor:
+        """Return votes that cannot overflow: each rank's saturate at 127 / world_size, above which a rank
+        with that many micro batches counts as unanimous.
+        """
+        if world_size > _INT8_MAX:
+            return held.sign().to(torch.int32)
+        limit = _INT8_MAX // world_size
+        return held.clamp_(-limit, limit)
+
+    def scale(self, held: Tensor) -> Tensor:
+        """Return 1."""
+        return torch.ones((), dtype=torch.float32, device=held.device)
+
+    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
+        """Return -1, 0 or 1."""
+        return held.sign() * scale
+
+
+class ColumnSum:
+    """The sum of gradients with columns of RMS 1, in bf16."""
+
+    dtype = torch.bfloat16
+
+    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
+        """Add gradients."""
+        del num_before
+        held.add_(perp)
+
+    def to_share(self, held: Tensor, world_size: int) -> Tensor:
+        """Return the sum as it is."""
+        del world_size
+        return held
+
+    def scale(self, held: Tensor) -> Tensor:
+        """Return 1 over the RMS of each column; 0 for a column of zeros."""
+        norms = torch.linalg.vector_norm(held, dim=0, dtype=torch.float32)
+        return torch.where(norms > 0, math.sqrt(len(held)) / norms, 0)
+
+    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
+        """Return the scaled rows."""
+        return held * scale
+
+
+RESIDUALS: dict[str, Residual] = {"sign": SignVotes(), "column": ColumnSum()}
+
+
+class LayerObserver:
+    """What one layer's backward passes of one step leave of G_perp."""
+
+    def __init__(self, layer: LoRALinear, residual: Residual) -> None:
+        self.layer = layer
+        self.num_passes = 0
+        self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._residual = residual
+        self._held: Tensor | None = None
+
+    @property
+    def held(self) -> Tensor:
+        """Votes or sums so far, (out_features, in_features); zeros if there was no backward pass."""
+        if self._held is None:
+            shape = (self.layer.out_features, self.layer.in_features)
+            self._held = torch.zeros(shape, dtype=self._residual.dtype, device=self.layer.weight.device)
+        return self._held
+
+    def observe(self, x: Tensor, gradient: Tensor) -> None:
+        """Add one backward pass."""
+        lora_A = self.layer.lora_A.detach()
+        bad = torch.zeros((), dtype=torch.int64, device=gradient.device)
+        for rows in self.layer.row_blocks():
+            block = (gradient[:, rows].T @ x).to(lora_A.dtype)
+            block -= (block @ lora_A.T) @ lora_A
+            is_bad = ~block.isfinite()
+            bad += is_bad.sum()
+            self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)
+        self.num_non_finite = self.num_non_finite.to(bad.device) + bad
+        self.num_passes += 1
+
+    def shared(self) -> Tensor:
+        """Return what is held as this rank hands it to the others."""
+        return self._residual.to_share(self.held, num_ranks())
+
+    def move_base_(self, held: Tensor, size: float | Tensor) -> LayerComplement:
+        """Subtract `size` times the direction of what all ranks hold from the base, at merge precision.
+
+        Besides merges the only place that writes a base. What it reports is read back from the base.
+        """
+        layer = self.layer
+        scale = self._residual.scale(held)
+        moved = torch.zeros((), dtype=torch.int64, device=held.device)
+        square = torch.zeros((), dtype=torch.float32, device=held.device)
+        layer.drop_stale_residual_()
+        for rows in layer.row_blocks():
+            before = layer.master_rows(rows).clone()
+            step = self._residual.direction(held[rows], scale).to(before.dtype) * size
+            layer.write_master_rows_(rows, before - step)
+            change = layer.master_rows(rows) - before
+            moved += change.count_nonzero()
+            square += change.float().square().sum()
+        layer.claim_residual_()
+        return LayerComplement(
+            name=layer.name,
+            entries=held.numel(),
+            moved=moved,
+            square=square,
+            non_finite=self.num_non_finite,
+        )
+
+
+class Complement:
+    """The complement's steps of a run, one observed step at a time.
+
+    Args:
+        layers: All layers.
+        config: With a `residual` other than "none".
+    """
+
+    def __init__(self, layers: Sequence[LoRALinear], config: ReLoRAConfig) -> None:
+        self._layers = layers
+        self._config = config
+        self._observers: list[LayerObserver] = []
+
+    def observers(self, steps_done: int) -> list[LayerObserver]:
+        """Return the layers' observers of the step that follows, none where it is not the k-th; what was
+        held of an earlier step is dropped.
+        """
+        is_due = (steps_done + 1) % self._config.residual_every == 0
+        residual = RESIDUALS[self._config.residual]
+        self._observers = [LayerObserver(layer, residual) for layer in self._layers] if is_due else []
+        return self._observers
+
+    def refuse_unseen(self, step: int) -> None:
+        """Refuse an observed step of which nothing was seen.
+
+        Raises:
+            ConfigError: saying why that may be.
+        """
+        if self._observers and not any(observer.num_passes for observer in self._observers):
+            raise ConfigError(
+                f"step {step}: residual={self._config.residual!r} saw no backward pass through any of "
+                f"{len(self._layers)} layers. Was the forward pass made before ReLoRA was built or before "
+                "after_step of the step before, or is the model compiled?"
+            )
+
+    @torch.no_grad()
+    def apply_(self, step: int, lrs: Mapping[int, float | Tensor]) -> ComplementReport | None:
+        """Move every base by what was observed; every rank calls it.
+
+        Args:
+            step: The step just taken.
+            lrs: The learning rate in force, by the id of each lora_B.
+
+        Returns:
+            What moved; None if the step was not observed.
+        """
+        if not self._observers:
+            return None
+        shared = [observer.shared() for observer in self._observers]
+        counts = [observer.num_passes for observer in self._observers]
+        passes = torch.tensor(counts, device="cpu").to(shared[0].device)
+        sum_over_ranks_([passes, *shared])
+        layers = tuple(
+            observer.move_base_(held, self._size(observer.layer, lrs[id(observer.layer.lora_B)]))
+            for observer, held in zip(self._observers, shared, strict=True)
+        )
+        return ComplementReport(step=step, residual=self._config.residual, layers=layers, passes=passes)
+
+    def _size(self, layer: LoRALinear, lr: float | Tensor) -> float | Tensor:
+        rms = FACTOR_INITS[self._config.factor_init].rms(layer.in_features)
+        scaling = layer.scaling.detach().abs() if isinstance(layer.scaling, Tensor) else layer.scaling
+        return lr * scaling * math.sqrt(self._config.rank) * rms * self._config.residual_scale

@@ -1,0 +1,364 @@
+"""The residual: what the factors cannot see moves the base, by the right size, and reports itself."""
+
+import copy
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from loops import Loop, adamw, batch, differing, tiny_model
+from method_samples import LAYER_KINDS, as_rows, numpy64
+from reference.beyond import SplitAdam, complement, majority, unit_columns
+from relora import ConfigError, NonFiniteError, ReLoRAConfig, inject
+from relora.method.complement import RESIDUALS
+
+CONFIG = ReLoRAConfig(
+    rank=3, factors="B", residual="sign", scaling_rule="matched", reset="none", restart_every=100
+)
+LR = 1e-2
+
+
+def plain_gradients(loop, x, y, parts=1):
+    """The weight gradients of each micro batch by autograd, on a plain model of the loop's function."""
+    plain = tiny_model(torch.float64)
+    with torch.no_grad():
+        for name in ("up", "down"):
+            layer = getattr(loop.model, name)
+            rows = slice(None)
+            getattr(plain, name).weight.copy_(layer.weight_rows(rows).double() + layer.delta().double())
+            getattr(plain, name).bias.copy_(layer.bias)
+        plain.norm.load_state_dict(loop.model.norm.state_dict())
+    found = {"up": [], "down": []}
+    for part, target in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        plain.zero_grad()
+        ((plain(part.double()) - target).square().mean() / parts).backward()
+        for name, gradients in found.items():
+            gradients.append(numpy64(getattr(plain, name).weight.grad))
+    return found
+
+
+def step_on(loop, step, parts=1):
+    """One optimizer step of `parts` micro batches, without after_step."""
+    x, y = batch(step)
+    for optimizer in loop.optimizers:
+        optimizer.zero_grad()
+    for part, target in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        ((loop.model(part.to(loop.dtype)).float() - target).square().mean() / parts).backward()
+    for optimizer in loop.optimizers:
+        optimizer.step()
+
+
+def layers(loop):
+    return {"up": loop.model.up, "down": loop.model.down}
+
+
+def masters(loop):
+    return {name: numpy64(layer.master_rows(slice(None)).clone()) for name, layer in layers(loop).items()}
+
+
+@pytest.mark.parametrize("residual", ["sign", "column"])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_bases_move_against_the_complement_of_the_plain_models_gradient(residual, parts, dtype):
+    loop = Loop(replace(CONFIG, residual=residual, residual_scale=0.3), tiny_model(dtype))
+    before = masters(loop)
+    gradients = plain_gradients(loop, *batch(1), parts=parts)
+    step_on(loop, 1, parts)
+    untouched = masters(loop)
+    assert all(np.array_equal(untouched[name], before[name]) for name in before)
+    loop.relora.after_step(1)
+    # bf16 forwards round; entries whose gradient is small beside that may go either way.
+    allowed = {torch.float64: 0.0, torch.float32: 0.02, torch.bfloat16: 0.15}[dtype]
+    rtol = {torch.float64: 2**-7, torch.float32: 2**-7, torch.bfloat16: 0.4}[dtype]
+    for name, after in masters(loop).items():
+        parts_of_it = [complement(g, numpy64(layers(loop)[name].lora_A)) for g in gradients[name]]
+        if residual == "sign":
+            wanted = majority(parts_of_it)
+            close = np.isclose(after, before[name] - 0.3 * LR * wanted, rtol=0, atol=1e-7)
+            assert close.mean() >= 1 - allowed
+        else:
+            wanted = before[name] - 0.3 * LR * unit_columns(sum(parts_of_it))
+            np.testing.assert_allclose(after, wanted, rtol=0, atol=0.3 * LR * 3 * rtol)
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_adam_in_the_subspace_and_sign_outside_is_the_split_optimizer(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYER_KINDS[kind](13, 6)).double()
+    config = replace(CONFIG, residual_scale=0.7)
+    weight = as_rows(model[0]).copy()
+    loop = Loop(config, model, lambda m: torch.optim.AdamW([m[0].lora_B], lr=LR, weight_decay=0.0))
+    layer, target = loop.model[0], torch.randn(6, 13, dtype=torch.float64)
+    reference = SplitAdam(weight, numpy64(layer.lora_A), betas=(0.9, 0.999), eps=1e-8)
+    for step in range(1, 9):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(20, 13, generator=generator, dtype=torch.float64)
+        loop.optimizers[0].zero_grad()
+        ((loop.model(x) - layer.bias - x @ target.T).square().sum() / 2).backward()
+        loop.optimizers[0].step()
+        loop.relora.after_step(step)
+        error = numpy64(x) @ (reference.weight - numpy64(target)).T
+        sign_lr = 0.7 * LR  # matched: the factors' own step has size lr
+        reference.step(error.T @ numpy64(x), lr=LR, scaling=math.sqrt(13 / 3), sign_lr=sign_lr)
+        np.testing.assert_allclose(as_rows(layer) + numpy64(layer.delta()), reference.weight, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, 1.0),
+        ({"kappa": 0.5}, 0.5),
+        ({"residual_scale": 0.1}, 0.1),
+        ({"scaling_rule": "alpha/r", "alpha": 6.0}, 2.0 * math.sqrt(3 / 7)),
+        ({"scaling_rule": "learned", "alpha": 6.0}, 2.0 * math.sqrt(3 / 7)),
+        ({"init": "cover", "kappa": 2.0}, 2.0),
+    ],
+)
+def test_the_step_has_the_size_of_the_factors_own(changes, size):
+    loop = Loop(replace(CONFIG, **changes))
+    before = numpy64(loop.model.up.weight)
+    # "learned" moves its scaling in the same step; a rate of nearly 0 there keeps the expected size.
+    loop.run(1, 1)
+    moved = np.abs(numpy64(loop.model.up.weight) - before)
+    tolerance = 0.02 if changes.get("scaling_rule") == "learned" else 1e-4
+    np.testing.assert_allclose(moved, LR * size, rtol=tolerance)
+
+
+def test_each_layer_steps_by_the_rate_of_its_own_group_in_force():
+    def two_rates(model):
+        down = [model.down.lora_B]
+        rest = [p for p in model.parameters() if p.requires_grad and p is not down[0]]
+        return torch.optim.AdamW([{"params": rest, "lr": LR}, {"params": down, "lr": 3 * LR}])
+
+    loop = Loop(CONFIG, None, two_rates)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizers[0], lambda done: 1.0 if done else 0.5)
+    for step, multiplier in ((1, 0.5), (2, 1.0)):
+        before = {name: numpy64(layer.weight) for name, layer in layers(loop).items()}
+        loop.run(step, step)
+        scheduler.step()
+        for name, rate in (("up", LR), ("down", 3 * LR)):
+            moved = np.abs(numpy64(layers(loop)[name].weight) - before[name])
+            np.testing.assert_allclose(moved, multiplier * rate, rtol=1e-4)
+
+
+def test_every_kth_step_is_observed_counted_from_injection():
+    loop = Loop(replace(CONFIG, residual_every=3), start=10)
+    moved = []
+    for step in range(11, 21):
+        before = loop.model.up.weight.detach().clone()
+        assert bool(loop.model.up.observers) == (step in (13, 16, 19))
+        loop.run(step, step)
+        moved += [step] if not torch.equal(before, loop.model.up.weight) else []
+    assert moved == [13, 16, 19]
+    assert loop.relora.complement_report.step == 19
+
+
+def test_the_report_is_what_moved_and_is_read_from_the_base():
+    loop = Loop(replace(CONFIG, residual_scale=0.5))
+    assert loop.relora.complement_report is None
+    before = masters(loop)
+    loop.run(1, 1)
+    after = masters(loop)
+    change = np.concatenate([(after[name] - before[name]).ravel() for name in before])
+    report = loop.relora.complement_report
+    assert (report.step, report.residual, report.num_layers) == (1, "sign", 2)
+    assert report.moved_fraction == np.mean(change != 0)
+    assert report.step_rms == pytest.approx(np.sqrt(np.mean(change**2)), rel=1e-5)
+    assert report.num_non_finite == 0 and report.without_backward == ()
+    assert json.loads(json.dumps(report.as_dict()))["step_rms"] == report.step_rms
+
+
+def test_a_base_that_rounds_its_step_away_reports_that_nothing_moved():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        native = Loop(
+            replace(CONFIG, merge_precision="native", residual_scale=1e-4), tiny_model(torch.bfloat16)
+        )
+    exact = Loop(replace(CONFIG, residual_scale=1e-4), tiny_model(torch.bfloat16))
+    for loop in (native, exact):
+        loop.run(1, 1)
+    assert native.relora.complement_report.moved_fraction < 0.05
+    assert exact.relora.complement_report.moved_fraction > 0.9
+
+
+def test_steps_too_small_for_bf16_add_up_in_the_master():
+    loop = Loop(replace(CONFIG, residual_scale=1e-3), tiny_model(torch.bfloat16))
+    start = masters(loop)
+    total = {name: np.zeros_like(value) for name, value in start.items()}
+    for step in range(1, 41):
+        before = masters(loop)
+        loop.run(step, step)
+        for name, value in masters(loop).items():
+            total[name] += np.sign(value - before[name])
+    for name, value in masters(loop).items():
+        np.testing.assert_allclose(value - start[name], total[name] * 1e-3 * LR, atol=40 * 2**-24)
+        assert np.abs(total[name]).max() >= 8
+
+
+def test_a_restart_merges_and_the_complement_of_its_step_is_not_lost():
+    config = replace(CONFIG, restart_every=3)
+    both, only_restart = Loop(config), Loop(replace(config, residual="none"))
+    for loop in (both, only_restart):
+        # The same weights up to the restart's step: only that step's complement tells them apart.
+        loop.run(1, 2)
+    only_restart.model.load_state_dict(both.model.state_dict())
+    only_restart.optimizers[0].load_state_dict(copy.deepcopy(both.optimizers[0].state_dict()))
+    old = {name: numpy64(layer.lora_A) for name, layer in layers(both).items()}
+    gradients = plain_gradients(both, *batch(3))
+    for loop in (both, only_restart):
+        loop.run(3, 3)
+    assert both.reports[0].step == only_restart.reports[0].step == 3
+    for name, lora_A in old.items():
+        wanted = numpy64(getattr(only_restart.model, name).weight)
+        wanted = wanted - LR * np.sign(complement(gradients[name][0], lora_A))
+        close = np.isclose(numpy64(getattr(both.model, name).weight), wanted, atol=1e-6)
+        assert close.mean() > 0.98
+
+
+def test_a_refused_restart_leaves_the_bases_where_they_were():
+    loop = Loop(replace(CONFIG, restart_every=2))
+    loop.run(1, 1)
+    loop.update(2)
+    loop.optimizers[0].state[loop.model.up.lora_B]["exp_avg"][0, 0] = torch.nan
+    before = loop.everything()
+    with pytest.raises(NonFiniteError):
+        loop.relora.after_step(2)
+    assert differing(before, loop.everything()) == []
+
+
+def test_votes_of_a_step_that_was_given_up_are_dropped():
+    tried, plain = Loop(CONFIG), Loop(CONFIG)
+    tried.loss(77).backward()
+    tried.relora.discard_step()
+    for loop in (tried, plain):
+        loop.run(1, 3)
+    assert differing(tried.everything(), plain.everything()) == []
+
+
+@pytest.mark.parametrize("residual", ["sign", "column"])
+def test_resumed_in_mid_cycle_is_bit_equal(residual):
+    config = replace(
+        CONFIG, residual=residual, residual_every=2, restart_every=4, init="gradient", reset="transport"
+    )
+    whole = Loop(config, tiny_model(torch.bfloat16))
+    saved = {}
+    for step in range(1, 11):
+        whole.run(step, step)
+        state = whole.model.state_dict(), whole.optimizers[0].state_dict(), whole.relora.state_dict()
+        saved[step] = copy.deepcopy(state)
+    expected = whole.everything()
+    for step in range(1, 10):
+        resumed = Loop(config, tiny_model(torch.bfloat16))
+        model, optimizer, counters = saved[step]
+        resumed.model.load_state_dict(model)
+        resumed.optimizers[0].load_state_dict(optimizer)
+        resumed.relora.load_state_dict(counters)
+        resumed.run(step + 1, 10)
+        assert differing(expected, resumed.everything()) == [], step
+
+
+def test_entries_that_are_not_finite_cast_no_vote_and_are_counted():
+    loop = Loop(CONFIG)
+    x, y = batch(1)
+    loop.model(x).sub(y).square().mean().backward()
+    before = numpy64(loop.model.up.weight)
+    observer = loop.model.up.observers[0]
+    votes = observer.held.clone()
+    bad = torch.zeros(2, 11)
+    bad[:, 4] = math.inf
+    bad[:, 5] = math.nan
+    observer.observe(torch.ones(2, 7), bad)
+    assert torch.equal(observer.held, votes)
+    loop.optimizers[0].step()
+    loop.relora.after_step(1)
+    assert loop.relora.complement_report.num_non_finite == 14
+    after = numpy64(loop.model.up.weight)
+    assert np.isfinite(after).all() and (np.abs(after - before) > 0).mean() > 0.95
+
+
+def test_a_layer_that_no_backward_reached_is_named_and_stays():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(7, 9), nn.Linear(7, 9)
+
+        def forward(self, x):
+            return self.used(x)
+
+    loop = Loop(CONFIG, Branches())
+    idle = loop.model.idle.weight.detach().clone()
+    loop.run(1, 2)
+    report = loop.relora.complement_report
+    assert report.without_backward == ("idle",)
+    assert report.moved_fraction == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(loop.model.idle.weight, idle)
+
+
+def test_a_step_of_which_nothing_was_seen_is_refused():
+    loop = Loop(CONFIG)
+    loop.optimizers[0].step()
+    with pytest.raises(ConfigError, match=r"step 1: residual='sign' saw no backward pass through any of 2"):
+        loop.relora.after_step(1)
+
+
+def test_many_micro_batches_do_not_wrap_around():
+    votes = RESIDUALS["sign"]
+    held = torch.zeros(1, 3, dtype=torch.int8)
+    for before in range(300):
+        votes.add_(held, torch.tensor([[1.0, -1.0, 0.0]]), before)
+    assert held.tolist() == [[127, -127, 0]]
+    for world_size in (1, 2, 8, 127, 128, 1000):
+        shared = votes.to_share(held.clone(), world_size)
+        total = shared.to(torch.int64) * world_size
+        assert total.abs().max() <= torch.iinfo(shared.dtype).max
+        assert votes.direction(total, votes.scale(shared)).tolist() == [[1, -1, 0]]
+
+
+def test_gradient_rows_and_the_complement_share_a_step():
+    loop = Loop(replace(CONFIG, init="gradient", restart_every=3))
+    loop.run(1, 2)
+    assert len(loop.model.up.observers) == 2
+    loop.run(3, 3)
+    assert loop.reports[0].gradient_init.gradient_rows == 6
+    assert loop.relora.complement_report.step == 3
+
+
+@pytest.mark.parametrize("residual", ["sign", "column"])
+def test_an_optimizer_whose_rate_is_a_tensor_works_too(residual):
+    def tensor_rate(model):
+        return adamw(model, lr=torch.tensor(LR))
+
+    config = replace(CONFIG, residual=residual)
+    tensor, number = Loop(config, None, tensor_rate), Loop(config)
+    for loop in (tensor, number):
+        loop.run(1, 3)
+    for name in ("up", "down"):
+        torch.testing.assert_close(getattr(tensor.model, name).weight, getattr(number.model, name).weight)
+
+
+def test_settings_without_effect_are_warned_of():
+    with pytest.warns(UserWarning) as caught:
+        inject(tiny_model(), ReLoRAConfig(rank=3, residual_every=5, residual_scale=0.3, init_mix=0.5))
+    messages = [str(warning.message) for warning in caught]
+    for setting in ("residual_every", "residual_scale", "init_mix"):
+        assert any(message.startswith(f"{setting} has no effect with") for message in messages)
+
+
+def test_base_weight_decay_and_growing_cycles_compose():
+    config = replace(CONFIG, base_weight_decay=0.5, restart_every=2, restart_growth=1.5)
+    loop, bare = Loop(config), Loop(replace(config, base_weight_decay=0.0))
+    for each in (loop, bare):
+        each.run(1, 1)
+    stood = numpy64(loop.model.up.weight)
+    for each in (loop, bare):
+        each.run(2, 2)
+    # Decay takes the base as it stood, neither the delta nor the complement of the restart's own step.
+    decayed = numpy64(bare.model.up.weight) - (1 - (1 - LR * 0.5) ** 2) * stood
+    np.testing.assert_allclose(numpy64(loop.model.up.weight), decayed, atol=1e-6)
+    loop.run(3, 17)
+    assert [report.step for report in loop.reports] == [2, 5, 9, 16]
