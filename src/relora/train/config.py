@@ -109,6 +109,12 @@ class Recipe:
             *options_violations(self),
             *self._length_violations(),
             *self._position_violations(),
+            *unmet(
+                (
+                    self.eval.split == "heldout" or self.data.tuning_fraction > 0,
+                    'data.tuning_fraction must be above 0 with eval.split "tuning"',
+                )
+            ),
             *self._tokenizer_violations(),
             *(self._rank_violations() if low_rank else []),
         ]

@@ -186,6 +186,8 @@ class EvalConfig:
 
     every: int = 500
     """Steps between evaluations; 0 evaluates at the switch and at the end only."""
+    split: Literal["heldout", "tuning"] = "heldout"
+    """"heldout" for what is reported, "tuning" (data.tuning_fraction) for choosing settings."""
     sequences: int = 256
     """Held-out sequences of an evaluation, always the same ones (fewer where there are not so many)."""
 

@@ -39,6 +39,7 @@ def summarise(opened: OpenedRun, state: RunState, plan: Plan, here: Processes) -
         "weight_bytes": sum(t.nbytes for t in (*state.model.parameters(), *state.model.buffers())),
         "optimizer_bytes": state_bytes(state.optimizer.adamw),
         **progress.evaluated,
+        "eval_split": recipe.eval.split,
         "wall_s": progress.wall_s,
         "tokens_per_s": progress.tokens / progress.wall_s,
         "peak_memory_bytes": max(progress.peak_memory_bytes, peak_memory_bytes(here.device)),

@@ -138,6 +138,7 @@ class Trainer:
             seq_len=self.recipe.data.seq_len,
             batch_size=self.recipe.train.micro_batch_size,
             sequences=self.recipe.eval.sequences,
+            split=self.recipe.eval.split,
             precision=self.precision,
         ).as_metrics()
         if step == self.plan.switch_step:
