@@ -73,6 +73,7 @@ def _dispatch(words: list[str]) -> int:
         from relora.train.recipe_io import nearest
 
         raise ConfigError(f"{verb!r} is not a verb{nearest(verb, VERBS)}; the verbs are {', '.join(VERBS)}")
+    import_module("relora.lab.methods")  # makes their names known to recipes
     code: int = import_module(f"relora.cli.{verb}").run(rest)
     return code
 
