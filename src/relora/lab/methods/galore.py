@@ -118,19 +118,20 @@ def leading_directions(grad: Tensor, rank: int, *, generator: torch.Generator | 
             iterations (Halko et al. 2011); None takes the singular value decomposition.
     """
     tall = grad.shape[0] >= grad.shape[1]
-    wide = grad.T if tall else grad  # the short side first
     if generator is None:
-        left = torch.linalg.svd(wide, full_matrices=False)[0]
-        vectors = left[:, :rank]
-    else:
-        count = min(rank + _OVERSAMPLING, wide.shape[0])
-        probes = torch.randn(wide.shape[1], count, generator=generator).to(wide)
-        basis = torch.linalg.qr(wide @ probes)[0]
-        for _ in range(_POWER_ITERATIONS):
-            basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
-        vectors = (basis @ torch.linalg.svd(basis.T @ wide, full_matrices=False)[0])[:, :rank]
-    chosen: Tensor = vectors.T if tall else vectors
-    return chosen.contiguous()
+        # Of the gradient itself, not of its transpose: the vectors' signs are the library's, and the moments,
+        # which are kept across a refresh, feel them.
+        left, _, right = torch.linalg.svd(grad, full_matrices=False)
+        leading: Tensor = right[:rank] if tall else left[:, :rank]
+        return leading.contiguous()
+    wide = grad.T if tall else grad  # the short side first
+    count = min(rank + _OVERSAMPLING, wide.shape[0])
+    probes = torch.randn(wide.shape[1], count, generator=generator).to(wide)
+    basis = torch.linalg.qr(wide @ probes)[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
+    vectors: Tensor = (basis @ torch.linalg.svd(basis.T @ wide, full_matrices=False)[0])[:, :rank]
+    return vectors.T.contiguous() if tall else vectors.contiguous()
 
 
 def project(grad: Tensor, projector: Tensor) -> Tensor:
