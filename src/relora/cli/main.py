@@ -19,6 +19,7 @@ VERBS = {
     "eval": "measure held-out loss, perplexity and bits per byte of a run or a model",
     "generate": "continue a prompt with a run or a model",
     "export": "write a run's model as a folder that stock transformers loads",
+    "compare": "run a study: several methods, tuned and measured alike, resumably, to one table",
     "inspect": "show what a run is, how far it is, and what its checkpoints hold",
 }
 
