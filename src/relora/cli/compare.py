@@ -54,11 +54,8 @@ def run(words: Sequence[str]) -> int:
         if arguments.tables_only:
             results, code = tables_only(study, folder), 0
         elif arguments.dry_run:
-            listed = dry_run(
-                study, folder, cores=arguments.cores, threads_per_cell=arguments.threads_per_cell
-            )
-            _show_dry_run(listed, as_json=arguments.json)
-            return 0
+            code, slots = 0, {"cores": arguments.cores, "threads_per_cell": arguments.threads_per_cell}
+            results = dry_run(study, folder, **slots)
         else:
             from relora.cli.study_screen import StudyScreen
 
@@ -71,8 +68,11 @@ def run(words: Sequence[str]) -> int:
                     environment=dict(os.environ),
                     observer=screen,
                 )
-        _conclude(results, folder, code, as_json=arguments.json)
-    if arguments.json:
+        if not arguments.dry_run:
+            _conclude(results, folder, code, as_json=arguments.json)
+    if arguments.dry_run:
+        _show_dry_run(results, as_json=arguments.json)
+    elif arguments.json:
         print_json({"folder": folder, "exit_code": code, **_counts(results)})
     return code
 
