@@ -4,8 +4,8 @@
 
 One document a module: its docstrings in the order of the source, dedented, without code around them. Packages
 are those that relora itself needs, unless named. Nothing is imported or downloaded; the files are parsed. The
-text depends on the versions installed, which go into the first line's sibling, OUT.versions.json: results
-from this text name them, and the fingerprint of the prepared data tells whether two machines had the same.
+text depends on the versions installed, which are written beside it (docstrings.versions.json); study.json
+holds the fingerprint of the prepared tokens, which tells whether two machines had the same.
 """
 
 import argparse

@@ -158,6 +158,11 @@ def test_study_becomes_arms_in_order_with_their_references():
     assert study.budgets == (Budget(steps=100),) and study.tuning_fraction == 0.05
 
 
+def test_reference_that_varies_is_matched_by_what_both_vary_and_left_out_elsewhere():
+    study = study_of(SMALL.replace('["full"]', '["low"]'))
+    assert [arm.references for arm in study.arms] == [{}, {"low": "low rank=4"}, {"low": "low rank=8"}]
+
+
 def test_everything_that_is_wrong_is_said_at_once_with_hints():
     text = complaint(
         """

@@ -105,10 +105,12 @@ def _linked(
 ) -> list[Arm]:
     """Return the arms with what they refer to, each after the one it inherits from."""
 
-    def meant(wanted: str, mine: str, place: str) -> str | None:
+    def meant(wanted: str, mine: str, place: str, *, must_be_one: bool = True) -> str | None:
         found = arm_named(varied, wanted, varied[mine])
         if len(found) == 1:
             return found[0]
+        if found and not must_be_one:  # an arm that does not vary what the reference varies
+            return None
         if not found:
             problems.append(f"{place}: {wanted!r} is no method of the study{nearest(wanted, methods)}")
         else:
@@ -131,7 +133,7 @@ def _linked(
                 references={
                     label: found
                     for label in references
-                    if (found := meant(label, name, "study.references")) is not None
+                    if (found := meant(label, name, "study.references", must_be_one=False)) is not None
                 },
             )
         )

@@ -134,9 +134,9 @@ def _plus_minus(found: Spread | None, *, digits: int) -> str:
 
 
 def _difference(line: ArmResult, label: str) -> str:
-    if label not in line.differences:
+    if label in line.stands_for:
         return "itself"
-    found: Difference | None = line.differences[label]
+    found: Difference | None = line.differences.get(label)
     if found is None:
         return ""
     if found.low is None or found.high is None:
