@@ -292,3 +292,35 @@ def test_progress_counts_bytes_of_each_stage(tmp_path):
     prepared = prepare(samples.config(tmp_path), progress=lambda stage, count: seen.update({stage: count}))
     total = prepared.counts["train_bytes"] + prepared.counts["heldout_bytes"]
     assert seen == {"looking for prepared tokens": 0, "training the tokenizer": total, "tokenising": total}
+
+
+# The tuning split
+
+
+def prepared_texts(prepared, split):
+    return samples.decoded_documents(prepared, prepared.evaluation(split)[0])
+
+
+def test_tuning_documents_come_out_of_training_and_leave_the_held_out_ones_alone(tmp_path):
+    without = samples.prepare_texts(tmp_path / "without", TEXTS)
+    prepared = samples.prepare_texts(tmp_path / "with", TEXTS, tuning_fraction=0.2)
+    assert prepared_texts(prepared, "heldout") == prepared_texts(without, "heldout")
+    tuning = [text for text in TEXTS if is_heldout(text, 0.45) and not is_heldout(text, 0.25)]
+    assert prepared_texts(prepared, "tuning") == sorted(tuning, key=lambda t: content_rank(t.encode()))
+    train = samples.decoded_documents(prepared, prepared.train_tokens)
+    assert train == [text for text in TEXTS if not is_heldout(text, 0.45)]
+    assert prepared.counts["tuning_bytes"] == len("".join(tuning).encode())
+    assert prepared.fingerprint != without.fingerprint
+
+
+def test_data_without_a_tuning_split_keeps_its_key_and_refuses_to_evaluate_on_it(tmp_path):
+    prepared = samples.prepare_texts(tmp_path, TEXTS)
+    inputs = json.loads((prepared.folder / "manifest.json").read_text())["inputs"]
+    assert "tuning_fraction" not in inputs and not (prepared.folder / "tuning.bin").exists()
+    with pytest.raises(DataError, match=r"set data\.tuning_fraction above 0"):
+        prepared.evaluation("tuning")
+
+
+def test_tuning_split_that_gets_nothing_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="fell into the tuning split"):
+        samples.prepare_texts(tmp_path, TEXTS, tuning_fraction=1e-6)

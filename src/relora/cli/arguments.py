@@ -19,6 +19,7 @@ from relora.cli.output import HelpShown
 from relora.errors import ConfigError
 from relora.train.checks import UnfitError, field_types, from_words, takes
 from relora.train.config import SECTIONS, Recipe
+from relora.train.methods import option_annotation
 from relora.train.recipe_io import load_recipe
 
 Overrides = dict[str, dict[str, object]]
@@ -95,6 +96,8 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], Overrides]:
             continue
         section, field = (part.replace("-", "_") for part in setting.group(1, 2))
         annotation = field_types(SECTIONS[section]).get(field) if section in SECTIONS else None
+        if section == "method":  # which method has the setting, only the recipe knows
+            annotation = option_annotation(field)
         inline = setting.group(3)
         values = [inline] if inline is not None else _values(words[position:], annotation)
         position += 0 if inline is not None else len(values)

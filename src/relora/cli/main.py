@@ -19,6 +19,7 @@ VERBS = {
     "eval": "measure held-out loss, perplexity and bits per byte of a run or a model",
     "generate": "continue a prompt with a run or a model",
     "export": "write a run's model as a folder that stock transformers loads",
+    "compare": "run a study: several methods, tuned and measured alike, resumably, to one table",
     "inspect": "show what a run is, how far it is, and what its checkpoints hold",
 }
 
@@ -73,6 +74,7 @@ def _dispatch(words: list[str]) -> int:
         from relora.train.recipe_io import nearest
 
         raise ConfigError(f"{verb!r} is not a verb{nearest(verb, VERBS)}; the verbs are {', '.join(VERBS)}")
+    import_module("relora.lab.methods")  # makes their names known to recipes
     code: int = import_module(f"relora.cli.{verb}").run(rest)
     return code
 

@@ -54,6 +54,9 @@ class DataConfig:
     """Tokens in a sequence; documents are joined by the end-of-document token and cut to this length."""
     heldout_fraction: float = 0.05
     """Fraction of documents kept for evaluation, chosen by a hash of their content."""
+    tuning_fraction: float = 0.0
+    """Fraction of documents kept to choose settings by (eval.split = "tuning"): training documents of their
+    own, chosen by the same hash; which are held out stays the same."""
     cache_dir: str | None = None
     """Folder for prepared tokens; None is .cache/relora in the home folder."""
 
@@ -74,9 +77,21 @@ class DataConfig:
             *_integer("tokenizer_bytes", self.tokenizer_bytes, least=1),
             *_text("eos_token", self.eos_token, optional=True),
             *_integer("seq_len", self.seq_len, least=2),
-            *_fraction("heldout_fraction", self.heldout_fraction),
+            *self._split_violations(),
             *_text("cache_dir", self.cache_dir, optional=True),
         ]
+
+    def _split_violations(self) -> list[str]:
+        found = [
+            *_fraction("heldout_fraction", self.heldout_fraction),
+            *_fraction("tuning_fraction", self.tuning_fraction, may_be_zero=True),
+        ]
+        if not found and self.heldout_fraction + self.tuning_fraction >= 1:
+            total = self.heldout_fraction + self.tuning_fraction
+            found.append(
+                f"heldout_fraction and tuning_fraction must leave text to train on, not sum to {total:g}"
+            )
+        return found
 
     def _source_violations(self) -> list[str]:
         found = [
@@ -115,10 +130,13 @@ def _integer(field: str, value: object, *, least: int, optional: bool = False) -
     return [] if value >= least else [f"{field} must be at least {least}, not {value}"]
 
 
-def _fraction(field: str, value: object) -> list[str]:
+def _fraction(field: str, value: object, *, may_be_zero: bool = False) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return [f"{field} must be a finite number, not {value!r}"]
-    return [] if 0.0 < value < 1.0 else [f"{field} must be above 0 and below 1, not {value}"]
+    if may_be_zero and value == 0:
+        return []
+    least = "at least" if may_be_zero else "above"
+    return [] if 0.0 < value < 1.0 else [f"{field} must be {least} 0 and below 1, not {value}"]
 
 
 def _boolean(field: str, value: object) -> list[str]:

@@ -1,6 +1,7 @@
 """Records of a source become documents: decoded, counted, limited, each on one side of the held-out split.
 
-A document is held out if u < heldout_fraction, where u in [0, 1) is the head of the SHA-256 of its text.
+A document is held out if u < heldout_fraction, where u in [0, 1) is the head of the SHA-256 of its text, and
+a tuning document if u lies in the tuning_fraction above that.
 The side depends on nothing but the text: it stays where it is when data is added, renamed or reordered, and
 identical documents are never on both sides.
 """
@@ -10,11 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from relora.data.config import DataConfig, InvalidUtf8
 from relora.errors import DataError
 
+Split = Literal["train", "heldout", "tuning"]
 HASH_RANGE = 1 << 64
 REASONS = {
     "empty_skipped": "empty, skipped",
@@ -60,6 +62,13 @@ class Document:
     """The first 64 bits of the SHA-256 of the text: orders the held-out documents."""
     heldout: bool
     place: str
+    tuning: bool = False
+    """Neither trained on nor held out: settings are chosen by it."""
+
+    @property
+    def split(self) -> Split:
+        """The split it belongs to."""
+        return "heldout" if self.heldout else "tuning" if self.tuning else "train"
 
 
 @dataclass
@@ -104,6 +113,7 @@ def documents(source: Source, config: DataConfig, tally: Tally) -> Iterator[Docu
         DataError: if a record cannot be read, or is not UTF-8 and the policy is "error".
     """
     threshold = config.heldout_fraction * HASH_RANGE
+    tuning_threshold = threshold + config.tuning_fraction * HASH_RANGE
     num_documents = num_bytes = 0
     for record in source.records():
         text = _decode(record, config.on_invalid_utf8, tally)
@@ -114,7 +124,9 @@ def documents(source: Source, config: DataConfig, tally: Tally) -> Iterator[Docu
             tally.note("nul_kept", record.place)
         tally.counts["documents"] += 1
         rank = content_rank(data)
-        yield Document(text, len(data), rank, rank < threshold, record.place)
+        heldout = rank < threshold
+        tuning = not heldout and rank < tuning_threshold
+        yield Document(text, len(data), rank, heldout, record.place, tuning)
         num_documents += 1
         num_bytes += len(data)
         if num_documents == config.max_documents:

@@ -11,32 +11,28 @@ import hashlib
 import json
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from relora.data.config import TRAIN_BPE, DataConfig
-from relora.data.corpus import HASH_RANGE, Document, Source, Tally, documents
+from relora.data.corpus import HASH_RANGE, Document, Source, Split, Tally, documents
 from relora.data.prepared import (
     FORMAT_VERSION,
-    HELDOUT,
     MANIFEST,
     TOKENIZER,
     TRAIN,
     PreparedData,
-    TokenArray,
     describe_files,
     load_prepared,
     too_short,
 )
 from relora.data.sources import open_source
-from relora.data.tokenizer import TextTokenizer, Tokens, load_tokenizer, train_tokenizer, training_texts
+from relora.data.splits import token_dtype, write_tokens
+from relora.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, training_texts
 from relora.errors import ConfigError, DataError
 
 __all__ = ["PreparedData", "Progress", "load_prepared", "prepare"]
@@ -45,7 +41,6 @@ Progress = Callable[[str, int], None]
 """Called with what is being done and the bytes of text done so far."""
 
 _PROGRESS_BYTES = 1 << 20
-_MIN_TOKENS = 2
 
 
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> PreparedData:
@@ -76,8 +71,13 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
         fill = partial(_fill, config=config, source=source, given=given, inputs=inputs, tell=tell)
         _make(folder, fill, tell)
     prepared = load_prepared(folder)
-    for split, tokens in (("training", prepared.train_tokens), ("held-out", prepared.heldout_tokens)):
-        if len(tokens) < config.seq_len:
+    splits = (
+        ("training", prepared.train_tokens),
+        ("held-out", prepared.heldout_tokens),
+        ("tuning", prepared.tuning_tokens),
+    )
+    for split, tokens in splits:
+        if tokens is not None and len(tokens) < config.seq_len:
             raise DataError(too_short(split, num_tokens=len(tokens), seq_len=config.seq_len))
     return prepared
 
@@ -97,6 +97,8 @@ def _inputs(config: DataConfig, source: Source, given: TextTokenizer | None) -> 
         "max_documents": config.max_documents,
         "max_bytes": config.max_bytes,
         "heldout_fraction": config.heldout_fraction,
+        # Left out where there is none, so that text prepared without this split keeps its key.
+        **({"tuning_fraction": config.tuning_fraction} if config.tuning_fraction else {}),
     }
 
 
@@ -148,19 +150,21 @@ def _fill(
     tokenizer.save(folder / TOKENIZER)
     tally = Tally()
     read = _told(documents(source, config, tally), "tokenising", tell)
-    lowest_rank = _write_tokens(folder, tokenizer, tokenizer.encode(read), tally)
-    if not tally.counts["train_tokens"] or not tally.counts["heldout_tokens"]:
+    kept_apart: list[Split] = ["heldout", "tuning"] if config.tuning_fraction else ["heldout"]
+    lowest_rank = write_tokens(folder, tokenizer, tokenizer.encode(read), tally, kept_apart)
+    if not all(tally.counts[f"{split}_tokens"] for split in ("train", *kept_apart)):
         raise _empty_split(source, config, tally, lowest_rank)
     if _inputs(config, source, given) != inputs:
         raise DataError(f"{source.name} changed while it was read: run again when it stays as it is")
     files = describe_files(folder)
-    seen = [files[TRAIN]["sha256"], files[HELDOUT]["sha256"], tokenizer.fingerprint]
+    token_files = [TRAIN, *(f"{split}.bin" for split in kept_apart)]
+    seen = [*(files[name]["sha256"] for name in token_files), tokenizer.fingerprint]
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": _digest(seen),
         "inputs": inputs,
         "source": source.name,
-        "dtype": _dtype(tokenizer).name,
+        "dtype": token_dtype(tokenizer).name,
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
         "counts": dict(tally.counts),
@@ -192,57 +196,15 @@ def _told(read: Iterable[Document], what: str, tell: Progress) -> Iterator[Docum
     tell(what, num_bytes)
 
 
-def _dtype(tokenizer: TextTokenizer) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
-    return np.dtype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else np.dtype(np.uint32)
-
-
-def _write_tokens(
-    folder: Path, tokenizer: TextTokenizer, encoded: Iterable[tuple[Document, Tokens]], tally: Tally
-) -> int:
-    """Write train.bin in the order of the source and heldout.bin in the order of the hashes.
-
-    Returns:
-        The lowest rank of a training document: what the held-out threshold would have to exceed.
-    """
-    dtype = _dtype(tokenizer)
-    unsorted = folder / "heldout.unsorted"
-    ranks, lengths = array("Q"), array("Q")
-    lowest_rank = HASH_RANGE
-    with (folder / TRAIN).open("wb") as train, unsorted.open("wb") as heldout:
-        for document, ids in encoded:
-            if len(ids) < _MIN_TOKENS:
-                tally.note("short_skipped", document.place)
-                continue
-            row = np.append(ids, np.uint32(tokenizer.eos_token_id)).astype(dtype).tobytes()
-            if document.heldout:
-                heldout.write(row)
-                ranks.append(document.rank)
-                lengths.append(len(ids) + 1)
-            else:
-                train.write(row)
-                lowest_rank = min(lowest_rank, document.rank)
-            split = "heldout" if document.heldout else "train"
-            tally.counts[f"{split}_documents"] += 1
-            tally.counts[f"{split}_tokens"] += len(ids) + 1
-            tally.counts[f"{split}_bytes"] += document.num_bytes
-    with (folder / HELDOUT).open("wb") as stream:
-        if ranks:
-            _copy_sorted(np.memmap(unsorted, dtype=dtype, mode="r"), ranks, lengths, stream)
-    unsorted.unlink()
-    return lowest_rank
-
-
-def _copy_sorted(tokens: TokenArray, ranks: "array[int]", lengths: "array[int]", stream: BinaryIO) -> None:
-    ends = np.cumsum(np.frombuffer(lengths, dtype=np.uint64)).astype(np.int64)
-    starts = ends - np.frombuffer(lengths, dtype=np.uint64).astype(np.int64)
-    for index in np.argsort(np.frombuffer(ranks, dtype=np.uint64), kind="stable").tolist():
-        stream.write(tokens[starts[index] : ends[index]].tobytes())
-
-
 def _empty_split(source: Source, config: DataConfig, tally: Tally, lowest_rank: int) -> DataError:
     """Say why there is nothing to train on, or nothing to evaluate on."""
     skipped = "; ".join(tally.describe())
     seen = f"{tally.counts['documents']} documents" + (f" ({skipped})" if skipped else "")
+    if lowest_rank < HASH_RANGE and tally.counts["heldout_tokens"]:
+        return DataError(
+            f"{source.name}: none of {seen} fell into the tuning split with data.tuning_fraction = "
+            f"{config.tuning_fraction}: raise it, add documents, or cut smaller ones (data.document)"
+        )
     if lowest_rank < HASH_RANGE:
         return DataError(
             f"{source.name}: none of {seen} was held out with data.heldout_fraction = "

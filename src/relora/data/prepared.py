@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAIN = "train.bin"
 HELDOUT = "heldout.bin"
+TUNING = "tuning.bin"
 TOKENIZER = "tokenizer"
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -39,6 +40,8 @@ class PreparedData:
     """The same, documents in the order of their hashes: any beginning is a random sample."""
     heldout_bytes: int
     """UTF-8 bytes of the held-out documents."""
+    tuning_tokens: TokenArray | None
+    """The same of the tuning documents; None where data.tuning_fraction is 0."""
     counts: Mapping[str, int]
     """Documents, tokens, bytes of each split, and documents skipped or mended by reason."""
     notes: tuple[str, ...]
@@ -53,6 +56,18 @@ class PreparedData:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a held-out token stands for: bits per byte = loss / ln 2 / bytes_per_token."""
         return self.heldout_bytes / len(self.heldout_tokens)
+
+    def evaluation(self, split: str) -> tuple[TokenArray, float]:
+        """Return the tokens of the "heldout" or the "tuning" split, and the bytes one of them stands for.
+
+        Raises:
+            DataError: if there is no such split.
+        """
+        if split == "heldout":
+            return self.heldout_tokens, self.bytes_per_token
+        if self.tuning_tokens is None:
+            raise DataError(f"{self.folder} has no tuning split: set data.tuning_fraction above 0")
+        return self.tuning_tokens, self.counts["tuning_bytes"] / len(self.tuning_tokens)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise DataError if a model with `vocab_size` embeddings has none for some token."""
@@ -74,6 +89,7 @@ def load_prepared(folder: Path) -> PreparedData:
         _check_file(folder, name, expected)
     dtype = np.dtype(manifest["dtype"])
     counts: dict[str, int] = manifest["counts"]
+    has_tuning = TUNING in manifest["files"]
     return PreparedData(
         folder=folder,
         fingerprint=manifest["fingerprint"],
@@ -82,6 +98,7 @@ def load_prepared(folder: Path) -> PreparedData:
         train_tokens=np.memmap(folder / TRAIN, dtype=dtype, mode="r"),
         heldout_tokens=np.memmap(folder / HELDOUT, dtype=dtype, mode="r"),
         heldout_bytes=counts["heldout_bytes"],
+        tuning_tokens=np.memmap(folder / TUNING, dtype=dtype, mode="r") if has_tuning else None,
         counts=counts,
         notes=tuple(Tally(Counter(counts), manifest["first"]).describe()),
     )

@@ -197,7 +197,7 @@ def training_texts(documents: Iterable[Document], *, max_bytes: int) -> Iterator
     """Yield what a tokenizer is trained on: the documents that are not held out, up to max_bytes."""
     num_bytes = 0
     for document in documents:
-        if document.heldout:
+        if document.split != "train":
             continue
         yield from pieces(document.text[:_MAX_TRAINING_CHARACTERS], limit=_TRAINING_PIECE_CHARACTERS)
         num_bytes += document.num_bytes

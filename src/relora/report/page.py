@@ -58,7 +58,6 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _page(run: Run) -> str:
-    sheet = resources.files("relora.report").joinpath("style.css").read_text(encoding="utf-8")
     body = "\n".join(
         filter(
             None,
@@ -76,6 +75,19 @@ def _page(run: Run) -> str:
             ],
         )
     )
+    footer = "Written by relora from the files of this run; self-contained, nothing is loaded."
+    return whole_page(f"{run.name}: report of a training run", body, footer)
+
+
+def whole_page(title: str, body: str, footer: str) -> str:
+    """Return a page with our style that may fetch nothing.
+
+    Args:
+        title: Of the window.
+        body: Finished HTML.
+        footer: Text under it.
+    """
+    sheet = resources.files("relora.report").joinpath("style.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -85,7 +97,7 @@ def _page(run: Run) -> str:
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
 <link rel="icon" href="data:,">
-<title>{text(run.name)}: report of a training run</title>
+<title>{text(title)}</title>
 <style>
 :root {{ color-scheme: light dark; {css_variables(dark=False)} }}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ {css_variables(dark=True)} }} }}
@@ -94,7 +106,7 @@ def _page(run: Run) -> str:
 <body>
 <main>
 {body}
-<footer>Written by relora from the files of this run; self-contained, nothing is loaded.</footer>
+<footer>{text(footer)}</footer>
 </main>
 </body>
 </html>

@@ -17,6 +17,7 @@ from relora.log.units import number
 
 RUN_FILES = ("recipe.toml", "metrics.jsonl", "restarts.jsonl", "summary.json")
 _NAMED = 8
+_TAIL_BYTES = 8192
 
 Record = Mapping[str, object]
 
@@ -173,3 +174,22 @@ def _some(noun: str, numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:_NAMED]))
     more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
     return f"{noun}{'' if len(numbers) == 1 else 's'} {shown}{more}"
+
+
+def last_record(folder: Path) -> Record | None:
+    """Return the last whole line of a run's metrics, without reading the file; None where there is none."""
+    path = folder / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines[:-1]):  # what follows the last line's end may be half a line
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            return record
+    return None

@@ -14,6 +14,7 @@ from relora.log.config import LogConfig
 from relora.method.config import ALL_LINEAR
 from relora.train.architecture import ModelConfig
 from relora.train.checks import section_violations, type_problems, unmet
+from relora.train.methods import MethodOptions, MethodSpec, method_spec, options_violations, require_method
 from relora.train.sections import (
     DistributedConfig,
     EvalConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "DistributedConfig",
     "EvalConfig",
     "LogConfig",
+    "MethodOptions",
     "ModelConfig",
     "OptimConfig",
     "ReLoRASection",
@@ -50,6 +52,7 @@ class Recipe:
     """
 
     run: RunConfig = field(default_factory=RunConfig)
+    method: MethodOptions = field(default_factory=MethodOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     relora: ReLoRASection = field(default_factory=ReLoRASection)
@@ -84,14 +87,34 @@ class Recipe:
     @property
     def switch_step(self) -> int | None:
         """The step after which the model trains at low rank (0: from the first), or None if it never does."""
-        return None if self.run.method == "full" else self.relora.warm_start_steps
+        return self.relora.warm_start_steps if self.spec.has_switch else None
+
+    @property
+    def spec(self) -> MethodSpec:
+        """What is known of run.method."""
+        return require_method(self.run.method)
+
+    @property
+    def options(self) -> MethodOptions:
+        """The [method] section, or its defaults where a recipe built by hand has none."""
+        kind = self.spec.options
+        return self.method if isinstance(self.method, kind) else kind()
 
     def _cross_violations(self) -> list[str]:
         """Check sections against each other, as far as each can be compared."""
-        low_rank = self.run.method != "full"
+        if method_spec(self.run.method) is None:
+            return []
+        low_rank = self.spec.has_switch
         return [
+            *options_violations(self),
             *self._length_violations(),
             *self._position_violations(),
+            *unmet(
+                (
+                    self.eval.split == "heldout" or self.data.tuning_fraction > 0,
+                    'data.tuning_fraction must be above 0 with eval.split "tuning"',
+                )
+            ),
             *self._tokenizer_violations(),
             *(self._rank_violations() if low_rank else []),
         ]
@@ -106,8 +129,8 @@ class Recipe:
             return [f"train.tokens must be at least the {self.tokens_per_step} of one step, not {given}"]
         warm_start, cycle = self.relora.warm_start_steps, self.relora.restart_every
         warmup, rewarmup = self.schedule.warmup_steps, self.schedule.rewarmup_steps
-        low_rank = self.run.method != "full"
-        restarts = self.run.method == "relora" and warm_start < steps
+        low_rank = self.spec.has_switch
+        restarts = self.spec.restarts and warm_start < steps
         length = f"the {steps} steps of the run"
         return unmet(
             (warmup < steps, f"schedule.warmup_steps must be less than {length}, not {warmup}"),

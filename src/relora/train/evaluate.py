@@ -58,23 +58,24 @@ def evaluate(
     batch_size: int,
     sequences: int,
     precision: Resolved,
+    split: str = "heldout",
 ) -> Evaluation:
-    """Measure a model on the first held-out sequences; ranks take batches in turn.
+    """Measure a model on the first sequences of a split; ranks take batches in turn.
 
     Args:
         model: Plain or injected, on this rank's device.
-        data: Its held-out tokens.
+        data: The tokens.
         processes: This rank among its peers.
         seq_len: Tokens in a sequence; each predicts all but its first.
         batch_size: Sequences at once.
         sequences: How many at most.
         precision: Of the matrix products.
+        split: "heldout" or "tuning".
     """
     was_training = model.training
     model.eval()
-    batches = heldout_batches(
-        data.heldout_tokens, seq_len=seq_len, batch_size=batch_size, num_sequences=sequences
-    )
+    tokens, bytes_per_token = data.evaluation(split)
+    batches = heldout_batches(tokens, seq_len=seq_len, batch_size=batch_size, num_sequences=sequences)
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
     for index, batch in enumerate(batches):
         if index % processes.world_size != processes.rank:
@@ -85,7 +86,7 @@ def evaluate(
         sums += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64, device=sums.device)
     model.train(was_training)
     total, count = processes.sum(sums).tolist()
-    return Evaluation(loss=total / count, num_tokens=int(count), bytes_per_token=data.bytes_per_token)
+    return Evaluation(loss=total / count, num_tokens=int(count), bytes_per_token=bytes_per_token)
 
 
 def evaluate_path(

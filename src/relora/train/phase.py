@@ -5,17 +5,15 @@ are freed, and a new AdamW trains the factors beside what stays at full rank, ea
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import AdamW
+from torch.optim import Optimizer as TorchOptimizer
 
-from relora.errors import OptimizerResetError
 from relora.method.config import ReLoRAConfig
 from relora.method.inject import InjectReport, inject, lora_parameters
-from relora.method.restart import ReLoRA
-from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
 
@@ -36,7 +34,7 @@ class Plan:
     @property
     def restart_steps(self) -> tuple[int, ...]:
         """The steps after which a restart happens."""
-        last = self._last_restart
+        last = self.last_restart
         return tuple(step for step in self._all_restarts if last is None or step <= last)
 
     @property
@@ -56,7 +54,7 @@ class Plan:
             min_ratio=recipe.schedule.min_ratio,
             start=start or 0,
             restart_growth=recipe.relora.restart_growth,
-            last_restart=self._last_restart,
+            last_restart=self.last_restart,
         )
 
     def phase(self, step: int) -> PhaseName:
@@ -65,20 +63,6 @@ class Plan:
             return "full"
         return "warm_start" if step <= self.switch_step else "low_rank"
 
-    def restarter(self, model: nn.Module, optimizer: AdamW) -> ReLoRA | None:
-        """Return what restarts an injected model; None for a method that does not."""
-        if self.recipe.run.method != "relora":
-            return None
-        return ReLoRA(
-            model,
-            optimizer,
-            method_config(self.recipe),
-            seed=self.recipe.run.seed,
-            start=self.switch_step or 0,
-            end=self.recipe.total_steps,
-            last_restart=self._last_restart,
-        )
-
     @property
     def _restart_every(self) -> int:
         """The cycle's length; for plain LoRA the whole run is one."""
@@ -86,7 +70,7 @@ class Plan:
 
     @property
     def _restarts(self) -> bool:
-        return self.recipe.run.method == "relora"
+        return self.recipe.spec.restarts
 
     @property
     def _all_restarts(self) -> tuple[int, ...]:
@@ -100,7 +84,7 @@ class Plan:
         ).restarts_until(self.recipe.total_steps)
 
     @property
-    def _last_restart(self) -> int | None:
+    def last_restart(self) -> int | None:
         """No restart falls later than this, so that every re-warm ends before the run does."""
         rewarmup = self.recipe.schedule.rewarmup_steps
         return self.recipe.total_steps - rewarmup - 1 if rewarmup else None
@@ -117,20 +101,11 @@ def inject_factors(model: nn.Module, recipe: Recipe) -> InjectReport:
     return inject(model, method_config(recipe), seed=recipe.run.seed)
 
 
-def refuse_dead_cycle(restart: RestartReport) -> None:
-    """Raise OptimizerResetError if a restart had nothing to merge: the factors did not train."""
-    if len(restart.merge.unmoved_layers) == restart.num_layers:
-        raise OptimizerResetError(
-            f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved "
-            "in its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW and the peak learning rate of each of its groups."""
+    """AdamW, or what a method steps in its place, and the peak learning rate of each of its groups."""
 
-    adamw: AdamW
+    adamw: TorchOptimizer
     peaks: tuple[float, ...]
 
     def set_multiplier_(self, multiplier: float) -> None:
@@ -144,8 +119,21 @@ class Optimizer:
         return float(self.adamw.param_groups[0]["lr"])
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, phase: PhaseName) -> Optimizer:
-    """Build AdamW over what trains in a phase: factors first, then matrices, then vectors.
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that share a peak learning rate and a weight decay."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """Return the group as torch optimizers take it."""
+        return {"params": self.params, "lr": self.lr, "weight_decay": self.weight_decay}
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe, phase: PhaseName) -> list[Group]:
+    """Return what trains in a phase: factors first, then matrices, then vectors; none of them empty.
 
     Weight decay acts on matrices that train at full rank; never on factors, where it would shrink the delta
     instead of the weight, nor on norms and biases.
@@ -156,17 +144,22 @@ def build_optimizer(model: nn.Module, recipe: Recipe, phase: PhaseName) -> Optim
     rest = [parameter for parameter in trained if id(parameter) not in factors]
     rest_lr = optim.low_rank_lr_in_force if phase == "low_rank" else optim.lr
     groups = [
-        ([p for p in trained if id(p) in factors], optim.factor_lr_in_force, 0.0),
-        ([p for p in rest if p.ndim >= 2], rest_lr, optim.weight_decay),
-        ([p for p in rest if p.ndim < 2], rest_lr, 0.0),
+        Group(params=[p for p in trained if id(p) in factors], lr=optim.factor_lr_in_force),
+        Group(params=[p for p in rest if p.ndim >= 2], lr=rest_lr, weight_decay=optim.weight_decay),
+        Group(params=[p for p in rest if p.ndim < 2], lr=rest_lr),
     ]
-    kept = [group for group in groups if group[0]]
+    return [group for group in groups if group.params]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, phase: PhaseName) -> Optimizer:
+    """Build AdamW over what trains in a phase, in the groups of `parameter_groups`."""
+    groups = parameter_groups(model, recipe, phase)
     adamw = AdamW(
-        [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in kept],
-        betas=optim.betas,
-        fused=True if trained[0].device.type in ("cuda", "cpu") else None,
+        [group.options() for group in groups],
+        betas=recipe.optim.betas,
+        fused=True if groups[0].params[0].device.type in ("cuda", "cpu") else None,
     )
-    return Optimizer(adamw=adamw, peaks=tuple(lr for _, lr, _ in kept))
+    return Optimizer(adamw=adamw, peaks=tuple(group.lr for group in groups))
 
 
 def free_gradients_(model: nn.Module) -> None:
@@ -180,7 +173,7 @@ def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def state_bytes(optimizer: AdamW) -> int:
+def state_bytes(optimizer: TorchOptimizer) -> int:
     """Return the bytes of an optimizer's state tensors."""
     tensors = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))

@@ -19,7 +19,8 @@ import relora
 from relora.errors import ConfigError
 from relora.train.architecture import ARCHITECTURE_FIELDS
 from relora.train.checks import UnfitError, field_types, fitted, section_violations
-from relora.train.config import SECTIONS, Recipe
+from relora.train.config import SECTIONS, Recipe, RunConfig
+from relora.train.methods import MethodOptions, options_type
 
 Layer = Mapping[str, Mapping[str, object]]
 Typed = Mapping[str, Mapping[str, Any]]
@@ -115,13 +116,19 @@ def resolve(*layers: Layer, subject: str = "recipe") -> Recipe:
     """
     problems: list[str] = []
     values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    method = RunConfig().method
     for layer in layers:
-        typed = _typed(layer, problems)
+        named = _method_named(layer, method)
+        if named != method:  # settings of another method say nothing of this one
+            values["method"].clear()
+        method = named
+        typed = _typed(layer, problems, options_type(method))
         for section, field in _taken_back(typed, values):
             values[section][field] = None
         for section, given in typed.items():
             values[section].update(given)
-    sections = {name: kind(**values[name]) for name, kind in SECTIONS.items()}
+    kinds = {**SECTIONS, "method": options_type(method)}
+    sections = {name: kind(**values[name]) for name, kind in kinds.items()}
     if problems:
         raise ConfigError.from_violations(subject, [*problems, *section_violations(sections)])
     try:
@@ -137,7 +144,7 @@ def typed_layer(layer: Layer, *, only: str) -> dict[str, Any]:
         ConfigError: listing unknown keys, wrong types, and fields of other sections.
     """
     problems: list[str] = []
-    typed = _typed(layer, problems)
+    typed = _typed(layer, problems, MethodOptions)
     problems += [
         f"{name}.{key} has no effect here: only [{only}] has"
         for name in typed
@@ -152,9 +159,11 @@ def typed_layer(layer: Layer, *, only: str) -> dict[str, Any]:
 def recipe_toml(recipe: Recipe) -> str:
     """Write a recipe as TOML that `resolve` reads back to an equal one; fields that are None are left out."""
     tables = []
-    for name, kind in SECTIONS.items():
+    for name in SECTIONS:
         section = getattr(recipe, name)
-        given = {field: getattr(section, field) for field in field_types(kind)}
+        given = {field: getattr(section, field) for field in field_types(type(section))}
+        if not given:  # a method without settings of its own
+            continue
         lines = [f"{field} = {_toml(value)}" for field, value in given.items() if value is not None]
         tables.append("\n".join([f"[{name}]", *lines]))
     return "\n\n".join(tables) + "\n"
@@ -173,8 +182,11 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 def changed_fields(before: Recipe, after: Recipe) -> dict[str, tuple[object, object]]:
     """Return the fields in which two recipes differ, as "section.field", each with both values."""
     changes = {}
-    for name, kind in SECTIONS.items():
-        for field in field_types(kind):
+    for name in SECTIONS:
+        kinds = {type(getattr(recipe, name)) for recipe in (before, after)}
+        if len(kinds) > 1:  # [method] of another run.method, which is a change that is named
+            continue
+        for field in field_types(kinds.pop()):
             values = (getattr(getattr(before, name), field), getattr(getattr(after, name), field))
             if values[0] != values[1]:
                 changes[f"{name}.{field}"] = values
@@ -187,7 +199,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _typed(layer: Layer, problems: list[str]) -> dict[str, dict[str, Any]]:
+def _method_named(layer: Layer, below: str) -> str:
+    """Return the method that a layer chooses, or the one of the layers below it."""
+    run = layer.get("run")
+    named = run.get("method") if isinstance(run, Mapping) else None
+    return named if isinstance(named, str) else below
+
+
+def _typed(layer: Layer, problems: list[str], options: type[MethodOptions]) -> dict[str, dict[str, Any]]:
     """Return the fields of a layer that exist, with their right types; append what is wrong with others."""
     typed: dict[str, dict[str, Any]] = {}
     for section, given in layer.items():
@@ -196,7 +215,7 @@ def _typed(layer: Layer, problems: list[str]) -> dict[str, dict[str, Any]]:
         elif not isinstance(given, Mapping):
             problems.append(f"{section} must be a section [{section}], not the value {given!r}")
         else:
-            types = field_types(SECTIONS[section])
+            types = field_types(options if section == "method" else SECTIONS[section])
             typed[section] = _typed_fields(section, types, given, problems)
     return typed
 
@@ -207,7 +226,8 @@ def _typed_fields(
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if name not in types:
-            problems.append(f"{section}.{name} is not a known key{_nearest_key(section, name)}")
+            hint = nearest(name, types) if section == "method" else _nearest_key(section, name)
+            problems.append(f"{section}.{name} is not a known key{hint}")
             continue
         try:
             fields[name] = fitted(types[name], value)

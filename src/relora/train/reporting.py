@@ -14,7 +14,6 @@ from relora.log.console import Console
 from relora.log.jsonl import JsonlSink
 from relora.log.screen import last_screen
 from relora.log.sinks import Sink, make_sinks
-from relora.method.inject import InjectReport
 from relora.method.restart_report import RestartReport
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters
@@ -113,13 +112,13 @@ class Reporter:
         if self._console is not None:
             self._console.log(record)
 
-    def switched(self, report: InjectReport) -> None:
+    def switched(self, report: str) -> None:
         """Say that the model trains at low rank from here."""
         if self._console is None:
             return
         perplexity = (self._state.progress.switch or {}).get("eval/perplexity")
         self._console.switch(self._state.progress.step, heldout_perplexity=perplexity)
-        self._console.say(str(report))
+        self._console.say(report)
 
     def close(self) -> None:
         """Close every file and the display; more than once does no harm."""

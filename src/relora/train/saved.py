@@ -68,10 +68,11 @@ def _checkpoint_of(run: Path, step: int | None) -> LoadedCheckpoint:
 def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
     recipe = load_recipe(run)
     model = empty_model(run)
-    if checkpoint.state["phase"] == "low_rank":
+    has_factors = checkpoint.state["phase"] == "low_rank" and recipe.spec.injects
+    if has_factors:
         inject_factors(model, recipe)
     model.load_state_dict(checkpoint.tensors["model"])
-    if checkpoint.state["phase"] == "low_rank":
+    if has_factors:
         fold(model)
     return SavedModel(
         model=model.eval(),

@@ -10,8 +10,8 @@ from typing import Literal
 
 from relora.method.config import ReLoRAConfig
 from relora.train.checks import unmet
+from relora.train.methods import unknown_method
 
-Method = Literal["full", "lora", "relora"]
 Precision = Literal["auto", "fp32", "bf16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 
@@ -24,8 +24,9 @@ class RunConfig:
 
     name: str = "run"
     """Name of the run's folder in run.out; a recipe file without it lends its own name."""
-    method: Method = "relora"
-    """"full" trains every weight, "lora" factors that are never merged, "relora" merges and restarts them."""
+    method: str = "relora"
+    """"full" trains every weight, "lora" factors that are never merged, "relora" merges and restarts them;
+    docs/laboratory.md lists the others, which have a [method] section of their own."""
     seed: int = 0
     """Seed of the initial weights, the factors, dropout, and the order of the data."""
     out: Path = Path("runs")
@@ -39,7 +40,7 @@ class RunConfig:
     def violations(self) -> list[str]:
         """Return what is wrong with these fields, in words."""
         bare = _FOLDER_NAME.fullmatch(self.name) is not None and self.name.strip(". ") != ""
-        return unmet(
+        return unknown_method(self.method) + unmet(
             (bare, f"name must be a plain folder name (letters, digits and -_.+=@), not {self.name!r}"),
             (0 <= self.seed < 2**63, f"seed must be between 0 and 2^63 - 1, not {self.seed}"),
             ("\0" not in str(self.out), "out must be a path, which has no NUL byte"),
@@ -48,7 +49,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReLoRASection(ReLoRAConfig):
-    """The low-rank phase; without effect where run.method is "full"."""
+    """The low-rank phase; without effect where run.method has none, as "full"."""
 
     warm_start_steps: int = 0
     """Steps at full rank before the switch to low rank; 0 starts cold, with factors from the first step."""
@@ -185,6 +186,8 @@ class EvalConfig:
 
     every: int = 500
     """Steps between evaluations; 0 evaluates at the switch and at the end only."""
+    split: Literal["heldout", "tuning"] = "heldout"
+    """"heldout" for what is reported, "tuning" (data.tuning_fraction) for choosing settings."""
     sequences: int = 256
     """Held-out sequences of an evaluation, always the same ones (fewer where there are not so many)."""
 

@@ -8,49 +8,56 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from relora.data.prepare import PreparedData
-from relora.method.inject import InjectReport
 from relora.train.parallel import Processes
-from relora.train.phase import Plan, build_optimizer, free_gradients_, inject_factors
+from relora.train.phase import PhaseName, free_gradients_
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
 from relora.train.state import Progress, RunState
+from relora.train.training_method import TrainingMethod
 
 
-def build_state(model: PreTrainedModel, plan: Plan, here: Processes, *, low_rank: bool) -> RunState:
+def build_state(
+    model: PreTrainedModel, method: TrainingMethod, here: Processes, *, low_rank: bool
+) -> RunState:
     """Put a plain model on the device and build its optimizer.
 
     Args:
         model: As the run begins, or of its shape with weights still to be restored.
-        plan: The run's recipe and calendar.
+        method: Of the run; it knows the recipe and the calendar.
         here: Decides the device.
         low_rank: Whether the factors are in already, as in a checkpoint taken after the switch.
     """
-    recipe = plan.recipe
+    recipe, plan = method.recipe, method.plan
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     cast(nn.Module, model).to(here.device)
-    phase = plan.phase(1)
+    phase: PhaseName = "full" if plan.switch_step is None else "warm_start"
     state = RunState(
         model=model,
-        optimizer=build_optimizer(model, recipe, phase),
-        relora=None,
-        phase="warm_start" if phase == "low_rank" else phase,
+        optimizer=method.build_optimizer(model, phase),
+        method=method,
+        phase=phase,
         progress=Progress(),
     )
+    if phase == "full":
+        method.attach(model, state.optimizer.adamw)
     if low_rank:
-        at_low_rank(state, plan)
+        at_low_rank(state)
     return state
 
 
-def at_low_rank(state: RunState, plan: Plan) -> InjectReport:
-    """Put factors into the model and build the low-rank phase's optimizer, in place.
+def at_low_rank(state: RunState) -> str:
+    """Let the method change the model for the low-rank phase, and build that phase's optimizer, in place.
 
     The full-rank phase's gradients and optimizer state are freed before the new ones are made.
+
+    Returns:
+        What was done, in words.
     """
     free_gradients_(state.model)
     state.optimizer.adamw.state.clear()
-    report = inject_factors(state.model, plan.recipe)
-    state.optimizer = build_optimizer(state.model, plan.recipe, "low_rank")
-    state.relora = plan.restarter(state.model, state.optimizer.adamw)
+    report = state.method.switch_(state.model)
+    state.optimizer = state.method.build_optimizer(state.model, "low_rank")
+    state.method.attach(state.model, state.optimizer.adamw)
     state.phase = "low_rank"
     return report
 

@@ -17,8 +17,8 @@ from relora.checkpoint.codec import optimizer_tensors, restore_optimizer_
 from relora.checkpoint.rng import capture_rng, restore_rng_
 from relora.checkpoint.store import LoadedCheckpoint, save_checkpoint
 from relora.errors import CheckpointError
-from relora.method.restart import ReLoRA
 from relora.train.phase import Optimizer, PhaseName
+from relora.train.training_method import TrainingMethod
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,8 @@ class Progress:
     loss_sum: float = 0.0
     """Sum of the steps' losses since the last line of metrics.jsonl."""
     loss_steps: int = 0
+    peak_memory_bytes: int = 0
+    """Most memory used up to the last checkpoint, in this process or those before it."""
     switch: dict[str, float] | None = None
     """Step and held-out figures at the switch."""
     evaluated: dict[str, float] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class RunState:
     model: nn.Module
     """The model itself, never a wrapper around it."""
     optimizer: Optimizer
-    relora: ReLoRA | None
+    method: TrainingMethod
     phase: PhaseName
     progress: Progress
 
@@ -84,7 +86,7 @@ def save_state(root: Path, state: RunState, *, precision: str, fingerprint: str)
             "precision": precision,
             "fingerprint": fingerprint,
             "progress": vars(state.progress),
-            "relora": None if state.relora is None else state.relora.state_dict(),
+            "method": state.method.state_dict(),
             "optimizer": optimizer_state,
             "rng": rng_state,
         },
@@ -120,8 +122,8 @@ def restore_state_(state: RunState, checkpoint: LoadedCheckpoint, *, fingerprint
     # The recipe's hyperparameters are in force, also where a fork has changed them.
     for group, wanted in zip(state.optimizer.adamw.param_groups, options, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
-    if state.relora is not None:
-        state.relora.load_state_dict(saved["relora"])
+    if saved["method"] is not None:
+        state.method.load_state_dict(saved["method"])
     restore_rng_(checkpoint.tensors["rng"], saved["rng"])
     state.progress = Progress(**saved["progress"])
 

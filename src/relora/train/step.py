@@ -1,5 +1,6 @@
 """One optimizer step: micro batches forward and backward, the gradient's norm, the update."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ def train_step_(
     micro_batch_size: int,
     precision: Resolved,
     clip_grad_norm: float,
+    after_backward: Callable[[int], None] | None = None,
 ) -> StepResult:
     """Take one step on this rank's share of the batch.
 
@@ -53,6 +55,7 @@ def train_step_(
         micro_batch_size: Rows that run at once.
         precision: Of the matrix products.
         clip_grad_norm: Largest norm of the gradient; 0 does not clip.
+        after_backward: Told of the step once its gradients are there; it may change them.
 
     Raises:
         NonFiniteError: if loss or gradient is not finite; weights and optimizer are then unchanged.
@@ -70,6 +73,8 @@ def train_step_(
                 loss = language_loss(model, micro_batch.to(processes.device, non_blocking=True))
             (loss / len(micro_batches)).backward()
         total += loss.detach() / len(micro_batches)
+    if after_backward is not None:
+        after_backward(step)
     norm = torch.nn.utils.clip_grad_norm_(
         (p for p in model.parameters() if p.requires_grad), clip_grad_norm or float("inf")
     )

@@ -11,9 +11,10 @@ from relora.data.batches import TokenBatches
 from relora.data.prepared import PreparedData
 from relora.method.restart_report import RestartReport
 from relora.train.evaluate import evaluate
+from relora.train.methods import load_method
 from relora.train.model import build_model
 from relora.train.parallel import Processes
-from relora.train.phase import Plan, refuse_dead_cycle
+from relora.train.phase import Plan
 from relora.train.precision import resolve_precision
 from relora.train.reporting import Reporter
 from relora.train.run_folder import OpenedRun
@@ -22,7 +23,7 @@ from relora.train.setup import at_low_rank, build_state, save_model_files
 from relora.train.signals import StopRequest
 from relora.train.state import restore_state_, save_state
 from relora.train.step import StepResult, train_step_
-from relora.train.summary import summarise
+from relora.train.summary import peak_memory_bytes, summarise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,12 @@ class Trainer:
             self.precision, why = checkpoint.state["precision"], "as the run began"
         is_low_rank = checkpoint is not None and checkpoint.state["phase"] == "low_rank"
         # A run that goes on needs neither the checkpoint it was initialised from nor a network.
-        model = empty_model(opened.folder) if checkpoint else build_model(recipe, data)
-        self.state = build_state(model, self.plan, here, low_rank=is_low_rank)
+        method = load_method(recipe.run.method)(self.plan)
+        model = empty_model(opened.folder) if checkpoint else build_model(method.model_recipe(data), data)
+        self.state = build_state(model, method, here, low_rank=is_low_rank)
         if checkpoint is not None:
             restore_state_(self.state, checkpoint, fingerprint=data.fingerprint)
-        left_out = None if self.state.relora is None else self.state.relora.catch_up()
+        left_out = method.catch_up()
         self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
         self.reporter = Reporter(opened, self.plan, self.state, here)
@@ -106,8 +108,9 @@ class Trainer:
             micro_batch_size=recipe.train.micro_batch_size,
             precision=self.precision,
             clip_grad_norm=recipe.optim.clip_grad_norm,
+            after_backward=state.method.after_backward,
         )
-        restart = None if state.relora is None else state.relora.after_step(step)
+        restart = state.method.after_step(step)
         if restart is not None:
             self._count_restart(restart)
         state.progress.step = step
@@ -135,24 +138,26 @@ class Trainer:
             seq_len=self.recipe.data.seq_len,
             batch_size=self.recipe.train.micro_batch_size,
             sequences=self.recipe.eval.sequences,
+            split=self.recipe.eval.split,
             precision=self.precision,
         ).as_metrics()
         if step == self.plan.switch_step:
             progress.switch = {"step": step, **progress.evaluated}
 
     def _switch(self) -> None:
-        report = at_low_rank(self.state, self.plan)
+        report = at_low_rank(self.state)
         self.wrapped = self.here.wrap_for_training(self.state.model, compile_it=self.recipe.train.compile)
         self.reporter.switched(report)
 
     def _count_restart(self, restart: RestartReport) -> None:
-        refuse_dead_cycle(restart)
         self.state.progress.restarts = restart.restart_index
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.recipe.total_steps or (every > 0 and step % every == 0)
 
     def _save(self) -> None:
+        progress = self.state.progress
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.here.device))
         if self.here.is_main:
             root = self.opened.checkpoints
             save_state(root, self.state, precision=self.precision, fingerprint=self.data.fingerprint)

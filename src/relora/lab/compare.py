@@ -1,0 +1,153 @@
+"""`relora compare`: a study from its file to its table, as a whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relora.errors import ConfigError
+from relora.lab.cell_files import CellFiles
+from relora.lab.gather import study_results
+from relora.lab.plan import Outcome, Planner, predicted
+from relora.lab.report import RESULTS, read_results, write_results, write_tables
+from relora.lab.runner import Observer, Runner
+from relora.lab.study import Cell, Study
+from relora.train.signals import stop_on_signals
+
+
+def find_study(given: Path) -> Path:
+    """Return the file of a study: given, or study.toml in a folder.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = given / "study.toml" if given.is_dir() else given
+    if not path.is_file():
+        raise ConfigError(f"{given} is no study: give a study.toml, or a folder that holds one")
+    return path
+
+
+def compare(
+    study: Study,
+    folder: Path,
+    *,
+    cores: int,
+    threads_per_cell: int,
+    environment: Mapping[str, str],
+    observer: Observer,
+) -> tuple[dict[str, Any], int]:
+    """Run what a study lacks, and write its results; the same call again goes on where it stands.
+
+    Args:
+        study: The study.
+        folder: Where its cells and results are kept.
+        cores: Threads of all cells together.
+        threads_per_cell: Threads of each.
+        environment: Of the training processes.
+        observer: Told how it goes.
+
+    Returns:
+        What study.json holds, and the exit code.
+
+    Raises:
+        ConfigError: if the numbers of cores do not allow one cell.
+        DataError: if the text of the study cannot be prepared.
+    """
+    if not 1 <= threads_per_cell <= cores:
+        raise ConfigError(f"threads-per-cell must be from 1 to the {cores} cores, not {threads_per_cell}")
+    with stop_on_signals() as request:
+        runner = Runner(
+            study,
+            folder,
+            num_slots=cores // threads_per_cell,
+            threads=threads_per_cell,
+            environment=environment,
+            observer=observer,
+            request=request,
+        )
+        run = runner.run()
+    results = study_results(
+        study,
+        run.plan,
+        run.outcomes,
+        threads=threads_per_cell,
+        data=run.data,
+        before=read_results(folder),
+    )
+    write_results(folder, results)
+    return results, run.exit_code
+
+
+def tables_only(study: Study, folder: Path) -> dict[str, Any]:
+    """Recompute table, page and plots: from the run folders where they are, else from study.json.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    before = read_results(folder)
+    if not (folder / "cells").is_dir():
+        if before is None:
+            raise ConfigError(
+                f"{folder} holds neither cells nor {RESULTS}: run the study first, or give --out"
+            )
+        write_tables(folder, before)
+        return before
+    planner = Planner(study, folder / "cells")
+    outcomes: dict[str, Outcome] = {}
+    while True:
+        plan = planner.plan(outcomes)
+        new = {
+            cell.name: outcome
+            for cell in plan.cells
+            if cell.name not in outcomes and (outcome := CellFiles(cell).outcome()) is not None
+        }
+        if not new:
+            break
+        outcomes |= new
+    threads = 1 if before is None else before["machine"]["threads_per_cell"]
+    results = study_results(study, plan, outcomes, threads=threads, before=before)
+    write_results(folder, results)
+    return results
+
+
+def dry_run(study: Study, folder: Path, *, cores: int, threads_per_cell: int) -> dict[str, Any]:
+    """Return the cells a study has, the tokens they train on, and how long that may take.
+
+    A warm start that several cells share is counted once. Grids that may be extended are not.
+    """
+    cells = predicted(study, folder / "cells")
+    seen: set[str] = set()
+    listed = []
+    for cell in cells:
+        shared = cell.warm_start is not None and cell.warm_start in seen
+        if cell.warm_start is not None:
+            seen.add(cell.warm_start)
+        skipped = (cell.recipe.switch_step or 0) * cell.recipe.tokens_per_step if shared else 0
+        listed.append({**_described(cell), "tokens": cell.tokens - skipped, "shares_warm_start": shared})
+    tokens = sum(row["tokens"] for row in listed)
+    estimate = {}
+    if study.tokens_per_s:
+        hours = tokens / study.tokens_per_s / 3600
+        slots = max(1, cores // threads_per_cell)
+        estimate = {
+            "cell_hours": round(hours, 2),
+            f"hours_on_{cores}_cores": round(hours / slots, 2),
+        }
+    return {
+        "study": study.name,
+        "folder": str(folder),
+        "num_cells": len(listed),
+        "tokens": tokens,
+        **estimate,
+        "cells": listed,
+    }
+
+
+def _described(cell: Cell) -> dict[str, Any]:
+    return {
+        "arm": cell.arm,
+        "stage": cell.stage,
+        "budget": cell.budget.label,
+        "seed": cell.seed,
+        "swept": json.dumps(cell.swept) if cell.stage == "tuning" else "as won" if cell.swept else "",
+    }

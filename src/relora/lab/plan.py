@@ -1,0 +1,151 @@
+"""What a study has to run, as a pure function of what has been run: nothing else decides.
+
+Each arm is tuned first, then trained with every seed at what won; an arm that inherits waits for the other's
+winner. Asked again after every finished cell, the answer grows until nothing in it is left to do. So a study
+that was killed, or whose file has got another seed, goes on where it stands.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from relora.errors import ConfigError
+from relora.lab.choice import Choice, Settings, Tried, beyond, choose
+from relora.lab.study import Arm, Budget, Cell, Stage, Study
+from relora.lab.study_file import grid_points
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a cell ended."""
+
+    loss: float
+    """Evaluated loss; infinite where the run diverged, or failed in another way."""
+    failure: str | None = None
+    """What went wrong, in words; None if it finished."""
+    is_final: bool = True
+    """Whether running it again would end the same."""
+
+
+Outcomes = Mapping[str, Outcome]
+"""By the name of the cell."""
+
+
+@dataclass(kw_only=True)
+class WorkPlan:
+    """What there is to run, as far as it is known."""
+
+    cells: list[Cell] = field(default_factory=list)
+    """Finished ones included, in the order to run them."""
+    notes: list[str] = field(default_factory=list)
+    """What cannot be run, and why."""
+    waiting: list[tuple[Arm, Budget]] = field(default_factory=list)
+    """Arms whose final cells await a winner."""
+
+
+class Planner:
+    """Plans of one study; recipes that were resolved for one plan serve the next.
+
+    Args:
+        study: The study.
+        out: Folder of the run folders.
+    """
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self._study, self._out = study, out
+        self._cells: dict[str, Cell] = {}
+
+    def plan(self, outcomes: Outcomes) -> WorkPlan:
+        """Return every cell that is known to be needed."""
+        plan = WorkPlan()
+        finals: list[Cell] = []
+        winners: dict[tuple[str, Budget], Settings | None] = {}
+        for arm in self._study.arms:
+            for budget in self._study.budgets:
+                key = (arm.name, budget)
+                parent = (arm.inherit, budget)
+                if arm.inherit is not None and parent not in winners:
+                    plan.waiting.append((arm, budget))
+                    continue
+                inherited = {} if arm.inherit is None else winners[arm.inherit, budget]
+                if inherited is None:
+                    plan.notes.append(f"{arm.name}: not run, since no run of {arm.inherit} succeeded")
+                    winners[key] = None
+                    continue
+                begun = arm.begins_with(inherited)
+                tried, is_known = self._tried(arm, budget, begun, outcomes=outcomes, plan=plan)
+                if not is_known:
+                    plan.waiting.append((arm, budget))
+                    continue
+                found = choose(tried) if tried else Choice(winner=Tried(settings={}, loss=math.nan), edges=())
+                winners[key] = None if found is None else {**begun, **found.winner.settings}
+                if found is None:
+                    plan.notes.append(f"{arm.name}: every run of its grid failed, so it has no final runs")
+                else:
+                    finals += self.finals(arm, budget, {**begun, **found.winner.settings})
+        plan.cells += finals
+        return plan
+
+    def finals(self, arm: Arm, budget: Budget, swept: Settings) -> list[Cell]:
+        """Return an arm's runs with every seed at settings that won."""
+        return [self._cell(arm, "final", budget, seed=seed, swept=swept) for seed in self._study.seeds]
+
+    def _tried(
+        self, arm: Arm, budget: Budget, begun: Settings, *, outcomes: Outcomes, plan: WorkPlan
+    ) -> tuple[list[Tried], bool]:
+        """Return what an arm's sweep has tried, and whether that is all; its cells join the plan."""
+        points: Sequence[Settings] = grid_points(arm)
+        if len(points) == 1:  # nothing to choose; a grid of one point is a setting
+            return ([Tried(settings=points[0], loss=0.0)] if points[0] else []), True
+        tried: list[Tried] = []
+        length = self._study.tuning_budget or budget
+        for _ in range(1 + self._study.extend):
+            cells = self._tuning_cells(arm, length, begun, points=points, plan=plan)
+            known = {cell.name for cell in plan.cells}
+            plan.cells += [cell for cell, _ in cells if cell.name not in known]
+            if any(cell.name not in outcomes for cell, _ in cells):
+                return tried, False
+            tried += [Tried(settings=point, loss=outcomes[cell.name].loss) for cell, point in cells]
+            choice = choose(tried)
+            points = [] if choice is None else beyond(choice, tried)
+            if not points:
+                break
+        return tried, True
+
+    def _tuning_cells(
+        self, arm: Arm, length: Budget, begun: Settings, *, points: Sequence[Settings], plan: WorkPlan
+    ) -> list[tuple[Cell, Settings]]:
+        seed = self._study.tuning_seed
+        cells = []
+        for point in points:
+            try:
+                cell = self._cell(arm, "tuning", length, seed=seed, swept={**begun, **point})
+            except ConfigError as error:  # only beyond the grid of the file, which has been checked
+                plan.notes.append(f"{arm.name}: the grid ends here: {error}")
+                continue
+            cells.append((cell, point))
+        return cells
+
+    def _cell(self, arm: Arm, stage: Stage, budget: Budget, *, seed: int, swept: Settings) -> Cell:
+        key = json.dumps([arm.name, stage, budget.label, seed, swept], sort_keys=True)
+        if key not in self._cells:
+            self._cells[key] = self._study.cell(arm, stage, budget, seed=seed, swept=swept, out=self._out)
+        return self._cells[key]
+
+
+def predicted(study: Study, out: Path) -> list[Cell]:
+    """Return all cells of a study before any has run, final ones as if the first point of each grid won."""
+    planner = Planner(replace(study, extend=0), out)
+    # Every sweep "finishes" at once, its first point the best; no grid is extended.
+    cells: dict[str, Cell] = {}
+    outcomes: dict[str, Outcome] = {}
+    while True:
+        plan = planner.plan(outcomes)
+        new = [cell for cell in plan.cells if cell.name not in cells]
+        if not new:
+            return list(cells.values())
+        for cell in new:
+            cells[cell.name] = cell
+            outcomes[cell.name] = Outcome(loss=0.0)

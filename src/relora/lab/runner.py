@@ -1,0 +1,209 @@
+"""Run a study: as many cells side by side as the cores allow, until the plan has nothing left to do."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from relora.lab.cell_files import CellFiles
+from relora.lab.plan import Outcome, Planner, WorkPlan, predicted
+from relora.lab.processes import RunningCell, start
+from relora.lab.study import Cell, Study
+from relora.report.run import last_record
+from relora.train.prepare import prepare_recipe
+from relora.train.signals import StopRequest
+
+_POLL_S = 0.1
+_LOOK_S = 1.0
+
+
+class Observer(Protocol):
+    """Who is told how a study goes."""
+
+    def begin(self, *, total_tokens: int, num_cells: int) -> None:
+        """Hear how much there will be, as far as it is known."""
+
+    def grown(self, *, total_tokens: int, num_cells: int) -> None:
+        """Hear how much there is, where it may be more than was known."""
+
+    def say(self, text: str) -> None:
+        """Hear something that should stay on the screen."""
+
+    def started(self, cell: Cell) -> None:
+        """Hear that a cell trains."""
+
+    def progressed(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Hear a cell's last line of metrics."""
+
+    def ended(self, cell: Cell, outcome: Outcome) -> None:
+        """Hear how a cell ended, in this start of the study or in an earlier one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """How a start of a study ended."""
+
+    plan: WorkPlan
+    outcomes: Mapping[str, Outcome]
+    data: list[dict[str, Any]]
+    """What was prepared, for each different [data] section."""
+    exit_code: int
+    """0 if all that could finish has, 1 if a cell failed (diverging is a result), 130 or 143 if stopped."""
+
+
+class Runner:
+    """One start of a study.
+
+    Args:
+        study: What to run.
+        folder: Of the study: cells and results.
+        num_slots: Cells that train at once.
+        threads: Of each.
+        environment: For the training processes.
+        observer: Told of everything.
+        request: Asks to stop.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        *,
+        num_slots: int,
+        threads: int,
+        environment: Mapping[str, str],
+        observer: Observer,
+        request: StopRequest,
+    ) -> None:
+        self._study, self._folder = study, folder
+        self._num_slots, self._threads, self._environment = num_slots, threads, environment
+        self._observer, self._request = observer, request
+        self._planner = Planner(study, folder / "cells")
+        self._outcomes: dict[str, Outcome] = {}
+        self._running: dict[str, RunningCell] = {}
+        self._looked = 0.0
+
+    def run(self) -> StudyRun:
+        """Train until nothing is left, or until asked to stop."""
+        cells = predicted(self._study, self._folder / "cells")
+        self._observer.begin(total_tokens=sum(cell.tokens for cell in cells), num_cells=len(cells))
+        # Once, instead of by each process, all but one of them waiting.
+        sections = {repr(cell.recipe.data): cell for cell in cells}.values()
+        data = [data_facts(cell) for cell in sections]
+        stopping = False
+        plan = self._look()
+        while True:
+            if self._request.signal_number is not None and not stopping:
+                stopping = True
+                self._observer.say("stopping: each running cell saves first; the same command goes on")
+                for running in self._running.values():
+                    running.stop()
+            if not stopping:
+                self._start_what_can(plan)
+            if not self._ours_are_running(stopping):
+                break
+            time.sleep(_POLL_S)
+            if self._collect(stopping=stopping):
+                plan = self._look()
+            self._tell_progress()
+        return StudyRun(plan=plan, outcomes=self._outcomes, data=data, exit_code=self._exit_code(stopping))
+
+    def _look(self) -> WorkPlan:
+        """Plan again until finished cells tell nothing new."""
+        while True:
+            plan = self._planner.plan(self._outcomes)
+            unknown = [cell for cell in plan.cells if cell.name not in self._outcomes]
+            found = [
+                (cell, outcome)
+                for cell in unknown
+                if cell.name not in self._running and (outcome := CellFiles(cell).outcome()) is not None
+            ]
+            for cell, outcome in found:
+                self._note(cell, outcome)
+            if not found:
+                tokens = sum(cell.tokens for cell in plan.cells)
+                self._observer.grown(total_tokens=tokens, num_cells=len(plan.cells))
+                self._drop_checkpoints(plan)
+                return plan
+
+    def _note(self, cell: Cell, outcome: Outcome) -> None:
+        self._outcomes[cell.name] = outcome
+        self._observer.ended(cell, outcome)
+
+    def _start_what_can(self, plan: WorkPlan) -> None:
+        for cell in plan.cells:
+            if len(self._running) >= self._num_slots:
+                return
+            if cell.name in self._outcomes or cell.name in self._running or not self._may_begin(cell, plan):
+                continue
+            self._running[cell.name] = start(
+                cell, threads=self._threads, environment=self._environment, donors=self._kin(cell, plan)
+            )
+            self._observer.started(cell)
+
+    def _may_begin(self, cell: Cell, plan: WorkPlan) -> bool:
+        """Tell whether no other running cell is about to finish the warm start that this one needs."""
+        if cell.warm_start is None or CellFiles(cell).run.exists():
+            return True
+        kin = self._kin(cell, plan)
+        has_donor = any(files.switch_checkpoint.is_dir() for files in kin)
+        return has_donor or not any(files.cell.name in self._running for files in kin)
+
+    def _kin(self, cell: Cell, plan: WorkPlan) -> list[CellFiles]:
+        """Return the other cells with the same warm start."""
+        if cell.warm_start is None:
+            return []
+        others = [other for other in plan.cells if other.name != cell.name]
+        return [CellFiles(other) for other in others if other.warm_start == cell.warm_start]
+
+    def _ours_are_running(self, stopping: bool) -> bool:
+        return any(running.is_ours or not stopping for running in self._running.values())
+
+    def _collect(self, *, stopping: bool) -> bool:
+        """Note what has ended; tell whether anything has."""
+        ended = False
+        for name, running in list(self._running.items()):
+            outcome = running.poll()
+            if outcome is None:
+                continue
+            ended = True
+            del self._running[name]
+            cell = running.files.cell
+            if outcome.is_final or (running.is_ours and not stopping):
+                self._note(cell, outcome)
+        return ended
+
+    def _tell_progress(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        for running in self._running.values():
+            record = last_record(running.files.run)
+            if record is not None:
+                self._observer.progressed(running.files.cell, record)
+
+    def _drop_checkpoints(self, plan: WorkPlan) -> None:
+        """Free the disk of what no cell to come needs; of warm starts only once all cells are known."""
+        if self._study.keep_checkpoints:
+            return
+        wanted = {cell.warm_start for cell in plan.cells if cell.name not in self._outcomes}
+        for cell in plan.cells:
+            outcome = self._outcomes.get(cell.name)
+            if outcome is not None and outcome.failure is None:
+                may_be_wanted = bool(plan.waiting) or cell.warm_start in wanted
+                CellFiles(cell).drop_checkpoints(keep_switch=may_be_wanted)
+
+    def _exit_code(self, stopping: bool) -> int:
+        if stopping:
+            return self._request.exit_code
+        return int(any(not outcome.is_final for outcome in self._outcomes.values()))
+
+
+def data_facts(cell: Cell) -> dict[str, Any]:
+    """Prepare a cell's text, and return what identifies it and how much of it there is."""
+    facts = prepare_recipe(cell.recipe)
+    kept = ("fingerprint", "vocab_size", "bytes_per_token", "counts")
+    source = {"source": cell.recipe.data.source, "path": cell.recipe.data.path}
+    return source | {key: facts[key] for key in kept}

@@ -1,0 +1,153 @@
+"""Results in words: the Markdown table, and the rows that the page shows too."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from relora.lab.results import ArmResult, arm_results
+from relora.lab.statistics import Difference, Spread
+from relora.lab.values import magnitude, shown
+
+_MEGA = 1e6
+
+
+def columns(references: Sequence[str]) -> list[str]:
+    """Return the heads of the main table."""
+    return [
+        "arm",
+        "perplexity, mean \u00b1 sd (n)",
+        "loss, mean \u00b1 sd",
+        *(f"loss minus {label} [95 % CI]" for label in references),
+        "trained parameters",
+        "weights",
+        "optimizer",
+        "peak memory",
+        "tokens/s",
+        "swept, winner in brackets",
+    ]
+
+
+def rows(lines: Sequence[ArmResult], references: Sequence[str]) -> list[list[str]]:
+    """Return the main table's cells, a row an arm."""
+    return [
+        [
+            line.arm,
+            _perplexity(line),
+            _plus_minus(line.loss, digits=4),
+            *(_difference(line, label) for label in references),
+            _each(line, "parameters_trainable", 1 / _MEGA, "{:.3f} M"),
+            _each(line, "weight_bytes", 1 / _MEGA, "{:.1f} MB"),
+            _each(line, "optimizer_bytes", 1 / _MEGA, "{:.1f} MB"),
+            _each(line, "peak_memory_bytes", 1 / _MEGA, "{:.0f} MB"),
+            _each(line, "tokens_per_s", 1.0, "{:,.0f}"),
+            swept(line),
+        ]
+        for line in lines
+    ]
+
+
+def swept(line: ArmResult) -> str:
+    """Say what was tuned, which won, and whether it lies on the edge of its grid."""
+    if not line.tried:
+        return "not swept"
+    words = []
+    for axis in line.tried[0].settings:
+        tried = sorted((p.settings[axis] for p in line.tried), key=lambda value: magnitude(value) or 0.0)
+        values = list(dict.fromkeys(map(shown, tried)))
+        won = None if line.choice is None else shown(line.choice.winner.settings[axis])
+        listed = ", ".join(f"[{value}]" if value == won else value for value in values)
+        edge = " (edge of grid)" if line.choice is not None and axis in line.choice.edges else ""
+        words.append(f"{axis}: {listed}{edge}")
+    return "; ".join(words)
+
+
+def cautions(results: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know before trusting the table."""
+    lines = arm_results(results)
+    found = list(results["notes"])
+    edges = [
+        f"{line.arm} ({', '.join(line.choice.edges)})" for line in lines if line.choice and line.choice.edges
+    ]
+    if edges:
+        found.append(f"edge of grid, so perhaps not the best setting: {'; '.join(edges)}")
+    few = sorted({line.arm for line in lines if 0 < len(line.cells) < 3})
+    if few:
+        found.append(f"fewer than 3 seeds: {', '.join(few)}")
+    missing = [f"{line.arm} ({line.num_missing})" for line in lines if line.num_missing]
+    if missing:
+        found.append(f"final runs not there yet: {', '.join(missing)}")
+    found += [failure for line in lines for failure in line.failures]
+    found += [
+        f"{cell['name']}: {cell['failure']}"
+        for cell in results["cells"]
+        if cell["stage"] == "tuning" and cell.get("failure")
+    ]
+    return found
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Return the study as a Markdown page: question, how it was made, a table a length, notes."""
+    study = results["study"]
+    lines = arm_results(results)
+    heads = columns(study["references"])
+    parts = [f"# {study['name']}", study["question"], how_made(results)]
+    for budget in study["budgets"]:
+        body = rows([line for line in lines if line.budget == budget], study["references"])
+        table = [heads, ["---"] * len(heads), *body]
+        parts.append(f"## {budget}")
+        parts.append("\n".join("| " + " | ".join(map(_escaped, row)) + " |" for row in table))
+    noted = cautions(results)
+    if noted:
+        parts.append("Notes:\n" + "\n".join(f"- {_escaped(note)}" for note in noted))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def how_made(results: Mapping[str, Any]) -> str:
+    """Say how the numbers came about, in a paragraph."""
+    study, machine = results["study"], results["machine"]
+    cells = results["cells"]
+    tuned = sum(cell["stage"] == "tuning" and cell["status"] != "missing" for cell in cells)
+    final = sum(cell["stage"] == "final" and cell["status"] == "finished" for cell in cells)
+    tokens = sum(cell.get("tokens") or 0 for cell in cells)
+    at = f" at {study['tuning_budget']}" if study["tuning_budget"] else ""
+    tuning = (
+        f"Settings were chosen by {tuned} runs{at} with seed {study['tuning_seed']} on the tuning split. "
+        if tuned
+        else "No setting was swept. "
+    )
+    return (
+        f"{tuning}{final} final runs with seeds {', '.join(map(str, study['seeds']))}, measured on the "
+        f"held-out split; {tokens / 1e6:.1f} M tokens in all, {machine['threads_per_cell']} threads a run, "
+        f"torch {results['versions']['torch']}. Differences are paired by seed; their intervals are "
+        "Student's t."
+    )
+
+
+def _perplexity(line: ArmResult) -> str:
+    found = line.over("perplexity")
+    return "" if found is None else f"{_plus_minus(found, digits=3)} ({found.n})"
+
+
+def _plus_minus(found: Spread | None, *, digits: int) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" \u00b1 {found.sd:.{digits}f}")
+
+
+def _difference(line: ArmResult, label: str) -> str:
+    if label in line.stands_for:
+        return "itself"
+    found: Difference | None = line.differences.get(label)
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.mean:+.4f} (n = 1)"
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _each(line: ArmResult, key: str, scale: float, form: str) -> str:
+    found = line.over(key)
+    return "" if found is None else form.format(found.mean * scale)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

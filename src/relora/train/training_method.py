@@ -1,0 +1,125 @@
+"""What a method does in a run: a value with hooks, called by the trainer at fixed points.
+
+    build_optimizer, attach        when a phase begins (and when a checkpoint of it is opened)
+    switch_                        at the end of the warm start
+    after_backward                 in every step, between the gradients and their clipping
+    after_step                     in every step, after the update and before logs and checkpoints
+    state_dict, load_state_dict    in checkpoints, beside the model's, the optimizer's and the random states
+
+`TrainingMethod` itself is full rank; each other changes what differs. Whatever a method draws it derives from
+(seed, step, name), and whatever it remembers goes into a checkpoint: a resumed run is the uninterrupted one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer as TorchOptimizer
+
+from relora.data.prepared import PreparedData
+from relora.errors import OptimizerResetError
+from relora.method.restart import ReLoRA
+from relora.method.restart_report import RestartReport
+from relora.train.config import Recipe
+from relora.train.phase import Optimizer, PhaseName, Plan, build_optimizer, inject_factors, method_config
+
+
+class TrainingMethod:
+    """Every weight trains, by AdamW, from the first step to the last."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.recipe = plan.recipe
+
+    def model_recipe(self, data: PreparedData) -> Recipe:
+        """Return the recipe that the run's model is built by; the run's own unless the method says."""
+        del data
+        return self.recipe
+
+    def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
+        """Return the optimizer of a phase, with the peak learning rate of each of its groups."""
+        return build_optimizer(model, self.recipe, phase)
+
+    def switch_(self, model: nn.Module) -> str:
+        """Change the model as the second phase wants it, in place; return what was done, in words."""
+        del model
+        raise AssertionError(f"{self.recipe.run.method} has no switch")
+
+    def attach(self, model: nn.Module, optimizer: TorchOptimizer) -> None:
+        """Take hold of what the phase that now begins (or goes on) trains."""
+
+    def after_backward(self, step: int) -> None:
+        """See, and change, the gradients of a step before they are clipped."""
+
+    def after_step(self, step: int) -> RestartReport | None:
+        """Do what follows the update of a step; return the report of a restart if there was one."""
+
+    def catch_up(self) -> RestartReport | None:
+        """Do the restart that a shorter run left out at its end, where a longer one goes on."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a checkpoint must keep besides model and optimizer, as JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the summary of a finished run should say of the method, as JSON values."""
+        return {}
+
+
+class LowRank(TrainingMethod):
+    """Factors beside frozen weights, trained by one AdamW together with what stays at full rank."""
+
+    def switch_(self, model: nn.Module) -> str:
+        """Put the factors in."""
+        return str(inject_factors(model, self.recipe))
+
+
+class Restarting(LowRank):
+    """Factors that are merged and begun anew at the ends of cycles."""
+
+    restarter: ReLoRA | None = None
+
+    def attach(self, model: nn.Module, optimizer: TorchOptimizer) -> None:
+        """Make what restarts an injected model; before the switch there is none."""
+        self.restarter = ReLoRA(
+            model,
+            optimizer,
+            method_config(self.recipe),
+            seed=self.recipe.run.seed,
+            start=self.plan.switch_step or 0,
+            end=self.recipe.total_steps,
+            last_restart=self.plan.last_restart,
+        )
+
+    def after_step(self, step: int) -> RestartReport | None:
+        """Restart at the end of a cycle.
+
+        Raises:
+            OptimizerResetError: if the reset did not do what it reports, or the cycle trained nothing.
+        """
+        return None if self.restarter is None else refuse_dead_cycle(self.restarter.after_step(step))
+
+    def catch_up(self) -> RestartReport | None:
+        """As `ReLoRA.catch_up`."""
+        return None if self.restarter is None else refuse_dead_cycle(self.restarter.catch_up())
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the restart counters; None before the switch."""
+        return None if self.restarter is None else self.restarter.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the restart counters."""
+        assert self.restarter is not None
+        self.restarter.load_state_dict(state)
+
+
+def refuse_dead_cycle(restart: RestartReport | None) -> RestartReport | None:
+    """Return a restart's report; raise OptimizerResetError if it had nothing to merge."""
+    if restart is not None and len(restart.merge.unmoved_layers) == restart.num_layers:
+        raise OptimizerResetError(
+            f"restart {restart.restart_index} at step {restart.step} merged nothing: no factor has moved "
+            "in its cycle. Is optim.factor_lr too small, or the whole cycle a ramp?"
+        )
+    return restart

@@ -1,0 +1,199 @@
+"""The laboratory's methods in the trainer: each trains, resumes bit for bit, and does what its name says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import relora.lab.methods  # noqa: F401
+from relora.checkpoint.store import load_checkpoint
+from relora.errors import ConfigError
+from relora.train import fit as fit_module
+from relora.train.evaluate import evaluate_path
+from relora.train.fit import fit
+from relora.train.trainer import Trainer
+from tiny_run import tiny_recipe
+
+COLD = {"warm_start_steps": 0}
+METHODS = {
+    "full": {},
+    "lora": {},
+    "relora": {},
+    "full-muon": {"method": {"adamw_lr": 2e-3}},
+    "control": {},
+    "galore": {"method": {"refresh_every": 3}},
+    "galore cold randomised": {"method": {"refresh_every": 3, "projector": "randomised"}, "relora": COLD},
+    "relora-online": {"method": {"merge_every": 2}, "relora": {"restart_every": 4}},
+    "switchlora": {"method": {"interval": 4, "freeze_steps": 2}},
+    "switchlora cold": {"method": {"interval": 4, "freeze_steps": 2}, "relora": COLD},
+    "relora-as-published": {},
+    "relora-as-published cold": {"relora": COLD},
+}
+
+
+class Death(BaseException):
+    """The process ends here."""
+
+
+def tiny(tmp_path: Path, name: str, **more: dict):
+    changes = {section: dict(fields) for section, fields in METHODS.get(name, {}).items()}
+    for section, fields in more.items():
+        changes[section] = {**changes.get(section, {}), **fields}
+    run = {"method": name.split(" ", maxsplit=1)[0], **changes.pop("run", {})}
+    return tiny_recipe(tmp_path, run=run, **changes)
+
+
+def final(folder: Path) -> dict:
+    return load_checkpoint(sorted((folder / "checkpoints").iterdir())[-1]).tensors
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def die_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    class Mortal(Trainer):
+        def _step(self, number: int):
+            if number == step:
+                raise Death
+            return super()._step(number)
+
+    monkeypatch.setattr(fit_module, "Trainer", Mortal)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train a tiny run once for all tests that look at it."""
+    root = tmp_path_factory.mktemp("methods")
+    done: dict[str, Path] = {}
+
+    def finished(name: str) -> Path:
+        if name not in done:
+            done[name] = fit(tiny(root, name, run={"name": name.replace(" ", "-")})).folder
+        return done[name]
+
+    finished.root = root
+    return finished
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("stop_at", [5, 11])
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, monkeypatch, name, stop_at):
+    whole = train(name)
+    recipe = tiny(train.root, name, run={"name": whole.name, "out": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        die_in_step(patch, stop_at)
+        with pytest.raises(Death):
+            fit(recipe)
+    resumed = fit(recipe).folder
+    mine, theirs = final(resumed), final(whole)
+    assert mine.keys() == theirs.keys()
+    for part in ("model", "optimizer", "rng"):
+        assert mine[part].keys() == theirs[part].keys()
+        assert all(torch.equal(value, theirs[part][key]) for key, value in mine[part].items())
+    for key in ("train/loss", "eval/loss", "lr", "phase"):
+        left, right = (lines(folder / "metrics.jsonl") for folder in (resumed, whole))
+        assert [line.get(key) for line in left] == [line.get(key) for line in right]
+    assert summary_of(resumed)["method_facts"] == summary_of(whole)["method_facts"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_can_be_read_back(train, name):
+    folder = train(name)
+    losses = [line["train/loss"] for line in lines(folder / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.1
+    measured = evaluate_path(folder)["eval/loss"]
+    assert measured == pytest.approx(summary_of(folder)["eval/loss"], abs=1e-5)
+
+
+def test_warm_starts_of_different_methods_are_the_same_bits(train):
+    names = ("relora", "lora", "galore", "switchlora", "relora-as-published")
+    starts = [load_checkpoint(train(name) / "checkpoints" / "step-00000004") for name in names]
+    for part in ("model", "optimizer", "rng"):
+        for other in starts[1:]:
+            mine, theirs = starts[0].tensors[part], other.tensors[part]
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    states = [{k: v for k, v in start.state.items() if k != "progress"} for start in starts]
+    assert all(state == states[0] for state in states)
+
+
+def test_control_has_the_trainable_count_of_relora(train):
+    summary, relora = summary_of(train("control")), summary_of(train("relora"))
+    assert summary["parameters_trainable"] == summary["parameters_total"]
+    assert summary["parameters_total"] == pytest.approx(relora["parameters_trainable"], rel=0.02)
+    assert summary["method_facts"]["wanted_parameters"] == relora["parameters_trainable"]
+
+
+def test_online_merges_and_resets_by_periods_of_their_own(train):
+    reports = lines(train("relora-online") / "restarts.jsonl")
+    assert [report["step"] for report in reports] == [6, 8, 10]
+    assert [bool(report["entries_zeroed"]) for report in reports] == [False, True, False]
+    rates = [line["lr"] for line in lines(train("relora-online") / "metrics.jsonl")]
+    assert [step for step, rate in enumerate(rates, start=1) if rate == 0] == [1, 5, 9]
+
+
+def test_published_code_without_its_defects_is_relora_with_counts_reset(train, tmp_path):
+    mended = tiny(train.root, "relora", relora={"reset_step_count": True}, run={"out": str(tmp_path)})
+    none = tiny(
+        train.root, "relora-as-published", method={"defects": []}, run={"out": str(tmp_path), "name": "none"}
+    )
+    mine, theirs = final(fit(none).folder), final(fit(mended).folder)
+    for part in ("model", "optimizer"):
+        assert all(torch.equal(value, theirs[part][key]) for key, value in mine[part].items())
+
+
+@pytest.mark.parametrize(
+    "defect",
+    ["dead_first_cycle", "random_reset", "keep_step_count", "native_merge", "late_merge", "separate_masks"],
+)
+def test_each_defect_changes_the_run_and_is_seen_in_it(train, tmp_path, defect):
+    reset = {"reset": "magnitude", "reset_ratio": 0.5}
+    changes = {"relora": {**reset, "restart_every": 3}, "run": {"out": str(tmp_path)}}
+    good = fit(tiny(train.root, "relora-as-published", method={"defects": []}, **changes)).folder
+    changes["run"] = {"out": str(tmp_path), "name": defect}
+    bad = fit(tiny(train.root, "relora-as-published", method={"defects": [defect]}, **changes)).folder
+    assert summary_of(bad)["eval/loss"] != summary_of(good)["eval/loss"]
+    first_bad, first_good = (lines(folder / "restarts.jsonl")[0] for folder in (bad, good))
+    assert first_good["step"] == 7 and not first_good["unmoved_layers"]
+    assert first_good["step_counts_reset"] == first_good["num_states"] / 2
+    if defect == "dead_first_cycle":
+        assert len(first_bad["unmoved_layers"]) == first_bad["num_layers"]
+    elif defect == "random_reset":
+        assert first_bad["entries_zeroed"] > 1.9 * first_good["entries_zeroed"]
+    elif defect == "keep_step_count":
+        assert first_bad["step_counts_reset"] == 0
+    elif defect == "native_merge":
+        assert first_bad["relative_merge_error"] > 100 * first_good["relative_merge_error"]
+        weights = [v for k, v in final(bad)["model"].items() if k.endswith("q_proj.weight")]
+        assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+    elif defect == "late_merge":
+        assert first_bad["step"] == 8
+
+
+def test_switched_vectors_are_counted(train):
+    facts = summary_of(train("switchlora"))["method_facts"]
+    assert 0 < facts["vectors_switched"] < 14 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "complaint"),
+    [
+        ("galor", {}, r'run\.method must be one of "full", .*"galore"'),
+        ("full", {"method": {"refresh_every": 3}}, r"method\.refresh_every is not a known key"),
+        ("galore", {"method": {"refresh_evry": 3}}, r"did you mean 'refresh_every'"),
+        ("galore", {"method": {"refresh_every": 0, "scale": 0.0}}, r"has 2 problems"),
+        ("switchlora", {"relora": {"factors": "B"}}, r'relora\.factors must be "both"'),
+        ("relora-as-published", {"relora": {"reset_step_count": True}}, r"decided by the defect"),
+        ("relora-as-published", {"method": {"defects": ["late"]}}, r'one of "dead_first_cycle"'),
+    ],
+)
+def test_wrong_settings_of_a_method_are_named(tmp_path, method, changes, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        tiny_recipe(tmp_path, run={"method": method}, **changes)
