@@ -33,18 +33,24 @@ def recipe_of(cell: Cell, work: Path) -> Recipe:
     return replace(recipe, run=replace(recipe.run, name=cell.name, out=work, seed=cell.seed))
 
 
-def share_warm_start(cell: Cell, recipe: Recipe, work: Path) -> None:
-    """Begin a cell from the warm start of one that is finished, if there is any."""
+def donor_of(cell: Cell, recipe: Recipe, work: Path) -> Path | None:
+    """Return the folder of another cell whose warm start is this one's and is done, if there is any."""
     step = f"step-{recipe.relora.warm_start_steps:08d}"
-    for other in CELLS:
-        donor, folder = work / other.name, recipe.run.folder
-        same = other.warm_start == cell.warm_start and other.has_warm_start and cell.has_warm_start
-        if not same or folder.exists() or not (donor / "checkpoints" / step).is_dir():
-            continue
-        for part in ("model", "tokenizer", f"checkpoints/{step}"):
-            shutil.copytree(donor / part, folder / part)
-        shutil.copy2(donor / "metrics.jsonl", folder / "metrics.jsonl")
-        write_recipe(recipe, folder / "recipe.toml")
+    same = [other for other in CELLS if other.warm_start == cell.warm_start and other.has_warm_start]
+    folders = [work / other.name for other in same if other != cell and cell.has_warm_start]
+    return next((folder for folder in folders if (folder / "checkpoints" / step).is_dir()), None)
+
+
+def share_warm_start(cell: Cell, recipe: Recipe, work: Path) -> None:
+    """Begin a cell from the warm start of another, if there is any."""
+    donor, folder = donor_of(cell, recipe, work), recipe.run.folder
+    if donor is None or folder.exists():
+        return
+    step = f"step-{recipe.relora.warm_start_steps:08d}"
+    for part in ("model", "tokenizer", f"checkpoints/{step}"):
+        shutil.copytree(donor / part, folder / part)
+    shutil.copy2(donor / "metrics.jsonl", folder / "metrics.jsonl")
+    write_recipe(recipe, folder / "recipe.toml")
 
 
 def train(cell: Cell, work: Path) -> None:
@@ -98,7 +104,9 @@ def main() -> None:
     chosen = [cell for cell in CELLS if cell.stage in arguments.stage]
     if arguments.only:
         chosen = [cell for cell in CELLS if cell.name in arguments.only]
-    first = {cell.warm_start: cell for cell in reversed(chosen) if cell.has_warm_start}
+    work = arguments.work
+    without = [c for c in chosen if c.has_warm_start and donor_of(c, recipe_of(c, work), work) is None]
+    first = {cell.warm_start: cell for cell in reversed(without)}
     donors = [c for c in chosen if c in first.values() or not c.has_warm_start]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda cell: train(cell, arguments.work), donors))
