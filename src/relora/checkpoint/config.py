@@ -11,12 +11,15 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0 writes one at the last step only. The last step always gets one."""
     keep_last: int = 3
     """Newest checkpoints that stay on disk; the last one that verifies is never removed."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this stay for good; 0 keeps none besides keep_last."""
 
     def violations(self) -> list[str]:
         """List what is wrong with the values, in words; empty when they can be used."""
         return [
             *_whole_number("every", self.every, least=0),
             *_whole_number("keep_last", self.keep_last, least=1),
+            *_whole_number("keep_every", self.keep_every, least=0),
         ]
 
 

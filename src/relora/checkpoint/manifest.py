@@ -60,6 +60,11 @@ def is_finished(name: str) -> bool:
     return _FINISHED.fullmatch(name) is not None
 
 
+def step_of(name: str) -> int:
+    """Return the step of a finished checkpoint's name."""
+    return int(name.removeprefix("step-"))
+
+
 def is_tensor_file(name: str) -> bool:
     """Whether a name may hold tensors: a bare NAME.safetensors that cannot leave its folder."""
     return _TENSOR_FILE.fullmatch(name) is not None

@@ -1,5 +1,7 @@
 """`fit`: one call from a recipe to a trained model."""
 
+from contextlib import ExitStack
+
 from relora.data.prepare import prepare
 from relora.errors import ConfigError
 from relora.log.stages import StageLines
@@ -23,14 +25,14 @@ def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> 
         ConfigError, DataError, CheckpointError, NonFiniteError: each with cause, place and remedy; what is on
             disk stays.
     """
-    with processes(recipe.distributed.strategy) as here:
+    with processes(recipe.distributed.strategy) as here, ExitStack() as held:
         share = recipe.train.micro_batch_size * here.world_size
         if recipe.train.batch_size % share:
             raise ConfigError(
                 f"train.batch_size {recipe.train.batch_size} must be a multiple of train.micro_batch_size "
                 f"times the {here.world_size} processes, {share}"
             )
-        opened = here.from_main(lambda: open_run(recipe, overwrite=overwrite, fork=fork))
+        opened = here.from_main(lambda: open_run(recipe, held, overwrite=overwrite, fork=fork))
         if (summary := read_summary(opened.folder)) is not None and opened.resume_from is not None:
             return TrainResult(folder=opened.folder, summary=summary, exit_code=0, was_finished=True)
         tell = StageLines() if here.is_main else None
