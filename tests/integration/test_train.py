@@ -68,6 +68,14 @@ def test_phases_restarts_and_learning_rate_follow_the_calendar(finished: Path) -
     assert zero == [1, 5, 7, 9, 11]  # the update after the start, the switch, and every restart
 
 
+def test_each_restart_says_what_became_of_the_loss(finished: Path) -> None:
+    losses = [line["train/loss"] for line in records(finished / "metrics.jsonl")]
+    for report in records(finished / "restarts.jsonl"):
+        step = report["step"]  # the cycle has 2 steps, the first of which is the re-warm
+        assert report["loss_before"] == losses[step - 1] and report["loss_after"] == losses[step + 1]
+        assert report["hurt"] is None
+
+
 def test_learned_rank_passes_the_rank_of_one_cycle(finished: Path) -> None:
     ranks = json.loads((finished / "summary.json").read_text())["ranks"]
     assert ranks["one_cycle"] == 3

@@ -7,25 +7,28 @@ computes: any other change is refused with the fields named. One process at a ti
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from relora.checkpoint.lock import LOCK_NAME, folder_lock
 from relora.checkpoint.manifest import folder_name
 from relora.checkpoint.store import latest_valid
 from relora.errors import CheckpointError, ConfigError
-from relora.train.config import Recipe
+from relora.train.checks import field_types
+from relora.train.config import SECTIONS, Recipe
 from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, write_recipe
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, RECIPE, TOKENIZER
 
 METRICS = "metrics.jsonl"
 RESTARTS = "restarts.jsonl"
+NONFINITE = "nonfinite.jsonl"
 SUMMARY = "summary.json"
 FORKED_FROM = "forked_from.json"
 _FREE_SECTIONS = ("eval", "checkpoint", "log")
-_FREE_FIELDS = ("run.out",)
+_FREE_FIELDS = ("run.out", "train.nonfinite", "train.nonfinite_limit")
 # What a process that died in making a run may leave: none of it makes a folder somebody else's.
 _BEGINNINGS = {LOCK_NAME, f".{RECIPE}{PART_SUFFIX}"}
 # The disk is at fault, not the name that was given.
@@ -51,6 +54,47 @@ class OpenedRun:
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
         return self.folder / CHECKPOINTS
+
+
+def _is_free(name: str) -> bool:
+    return name.partition(".")[0] in _FREE_SECTIONS or name in _FREE_FIELDS
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what of a recipe decides what its run computes, by "section.field", as JSON values."""
+    return {
+        f"{section}.{field}": _as_json(getattr(getattr(recipe, section), field))
+        for section, kind in SECTIONS.items()
+        for field in field_types(kind)
+        if not _is_free(f"{section}.{field}") and f"{section}.{field}" != "run.name"
+    }
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def refuse_other_settings(opened: OpenedRun, saved: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that another recipe made, such as one copied from elsewhere.
+
+    Settings that only one of the two knows, as other versions have them, are not compared; and a fork begins
+    from a checkpoint of another recipe by its nature.
+
+    Raises:
+        CheckpointError: naming the settings that differ.
+    """
+    checkpoint, origin = opened.resume_from, opened.folder / FORKED_FROM
+    if checkpoint is None or (origin.is_file() and f'"{checkpoint.name}"' in origin.read_text("utf-8")):
+        return
+    mine = settings(opened.recipe)
+    other = [f"{k} {saved[k]!r} (here {mine[k]!r})" for k in mine if k in saved and saved[k] != mine[k]]
+    if other:
+        raise CheckpointError(
+            f"{checkpoint} was made by a run with other settings: {', '.join(other)}. It is not this run's: "
+            "move it away, and the newest one before it is taken"
+        )
 
 
 def open_run(
@@ -128,11 +172,7 @@ def _begin(recipe: Recipe, folder: Path) -> OpenedRun:
 
 def _reopen(recipe: Recipe, folder: Path) -> OpenedRun:
     before = load_recipe(folder)
-    changes = {
-        name: values
-        for name, values in changed_fields(before, recipe).items()
-        if name.partition(".")[0] not in _FREE_SECTIONS and name not in _FREE_FIELDS
-    }
+    changes = {name: values for name, values in changed_fields(before, recipe).items() if not _is_free(name)}
     if changes:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
         raise ConfigError(

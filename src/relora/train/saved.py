@@ -12,6 +12,7 @@ from relora.train.config import Recipe
 from relora.train.model import load_pretrained
 from relora.train.phase import inject_factors
 from relora.train.recipe_io import load_recipe
+from relora.train.state import SavedState, load_weights_
 
 RECIPE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
@@ -67,11 +68,12 @@ def _checkpoint_of(run: Path, step: int | None) -> LoadedCheckpoint:
 
 def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
     recipe = load_recipe(run)
+    saved = SavedState.of(checkpoint)
     model = empty_model(run)
-    if checkpoint.state["phase"] == "low_rank":
+    if saved.phase == "low_rank":
         inject_factors(model, recipe)
-    model.load_state_dict(checkpoint.tensors["model"])
-    if checkpoint.state["phase"] == "low_rank":
+    load_weights_(model, checkpoint.tensors["model"])
+    if saved.phase == "low_rank":
         fold(model)
     return SavedModel(
         model=model.eval(),
