@@ -147,7 +147,7 @@ def _note_hurtful_restarts(restarts: Sequence[Record], notes: list[str]) -> None
             index = number(restart.get("restart_index")) or 0
             notes.append(
                 f"Restart {index:.0f}, after step {_step(restart)}, hurt: the loss was "
-                f" {before:.4f} before it and {after:.4f} after its re-warm."
+                f"{before:.4f} before it and {after:.4f} after its re-warm."
             )
 
 

@@ -6,6 +6,7 @@ computes: any other change is refused with the fields named. One process at a ti
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ _FREE_SECTIONS = ("eval", "checkpoint", "log")
 _FREE_FIELDS = ("run.out", "train.nonfinite", "train.nonfinite_limit")
 # What a process that died in making a run may leave: none of it makes a folder somebody else's.
 _BEGINNINGS = {LOCK_NAME, f".{RECIPE}{PART_SUFFIX}"}
+_HALF_WRITTEN = re.compile(r"\.\w+\.jsonl?\.[0-9]+\.tmp")
 # The disk is at fault, not the name that was given.
 _DISK = {
     getattr(errno, name)
@@ -121,6 +123,7 @@ def open_run(
         _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         locked = held.enter_context(folder_lock(folder, doing="training"))
+        _sweep(folder)
         if overwrite or not (folder / RECIPE).is_file():
             _clear(folder)
         if (folder / RECIPE).is_file():
@@ -153,6 +156,13 @@ def _refuse_foreign(folder: Path) -> None:
         raise ConfigError(
             f"{folder} exists and is not a run (it has no {RECIPE}): choose another run.name or run.out"
         )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove half-written files of processes that died here; the caller holds the lock."""
+    for path in folder.iterdir():
+        if _HALF_WRITTEN.fullmatch(path.name):
+            path.unlink()
 
 
 def _clear(folder: Path) -> None:

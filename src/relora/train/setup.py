@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from relora.checkpoint.files import replace_folder
+from relora.checkpoint.rng import seed_rng_
 from relora.checkpoint.store import load_checkpoint
 from relora.data.prepare import PreparedData
 from relora.method.inject import InjectReport
@@ -43,6 +44,7 @@ def state_to_begin_with(
     recipe = opened.recipe
     precision, why = resolve_precision(recipe.train.precision, here.device)
     if opened.resume_from is None:
+        seed_rng_(recipe.run.seed)  # so that what is saved of the streams is the run's, not the process's
         state = build_state(build_model(recipe, data), plan, here, low_rank=False)
     else:
         checkpoint = load_checkpoint(opened.resume_from)
