@@ -46,8 +46,7 @@ def kill_of(kind: str, chance: random.Random, trial: Trial, seconds: float) -> t
             place for place in PLACES if trial.restarts or not any(word in place for word in ONLY_IN_RELORA)
         ]
         place = chance.choice(places)
-        name, event, nth = PLACES[place]
-        return place, {"at_function": [name, event, chance.randint(1, nth)]}
+        return place, trial.at(place, nth=chance.randint(1, PLACES[place][2]))
     if kind == "event":
         return "random event", {"at_event": chance.randint(1, trial.num_events)}
     return "random time", {"after_s": chance.uniform(0.0, seconds), "watched": False}

@@ -85,6 +85,12 @@ class Trial:
         self.num_events = int(re.findall(r"EVENTS (\d+)", answer["log"])[-1])
         self.whole = self.run_folder("whole")
 
+    @staticmethod
+    def at(place: str, *, nth: int | None = None) -> dict[str, Any]:
+        """Return the request to be killed in a place."""
+        name, event, usual = PLACES[place]
+        return {"at_functions": [[name, event, nth or usual, "SIGKILL"]]}
+
     def file(self, name: str, **checkpoint: Any) -> Path:
         """Return the recipe file of a run of this name."""
         path = self.folder / f"{name}.toml"
@@ -108,7 +114,7 @@ class Trial:
             answer = self.victims.train(recipe, **kill)
             assert answer["code"] in (0, SIGKILL), answer["log"]
             if answer["code"] == SIGKILL:
-                found = re.findall(r"KILLED IN (.*)", answer["log"])
+                found = re.findall(r"SIGKILL IN (.*)", answer["log"])
                 places.append(found[-1] if found else f"after {kill.get('after_s', 0):.2f} s")
         answer = self.victims.train(recipe, watched=False)
         assert answer["code"] == 0, answer["log"]

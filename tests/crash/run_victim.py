@@ -3,7 +3,8 @@
 A request is a line of JSON on standard input, its answer a line on standard output. What ends a victim is a
 real SIGKILL: sent by itself where the interpreter's count of calls and returns in training reaches a number,
 or where a named function is entered or left for the nth time, on whichever thread; or by the parent after a
-time. torch is imported once, before the forks; every victim is a whole `relora train`.
+time. Other signals can be sent in the same way. torch is imported once, before the forks; every victim is a
+whole `relora train`.
 """
 
 import json
@@ -25,14 +26,20 @@ _TRAINING = relora.train.trainer.Trainer.run.__code__
 
 
 class Killer:
-    """Counts the interpreter's calls and returns while training runs, and ends the process at one of them."""
+    """Counts the interpreter's calls and returns while training runs, and sends signals at some of them.
 
-    def __init__(self, *, at_event: int | None, at_function: list[Any] | None) -> None:
-        self.at_event, self.at_function = at_event, at_function
+    Args:
+        at_event: The count at which the process is killed.
+        at_functions: [function, "call" or "return", how often, signal] each.
+        before: [function, signal] sent when the function is first called, before training.
+    """
+
+    def __init__(self, *, at_event: int | None, at_functions: list[list[Any]], before: list[str]) -> None:
+        self.at_event, self.at_functions, self.before = at_event, at_functions, before
         self.events = count(1)
         self.seen = 0
         self.is_training = False
-        self.passes = 0
+        self.passes = [0] * len(at_functions)
 
     def watch(self) -> None:
         threading.setprofile(self)
@@ -42,22 +49,24 @@ class Killer:
         if frame.f_code is _TRAINING and event in ("call", "return"):
             self.is_training = event == "call"
         if not self.is_training:
+            if self.before and event == "call" and frame.f_code.co_name == self.before[0]:
+                self.send(self.before.pop(), frame, event)
+                self.before.clear()
             return
         self.seen = next(self.events)
         if self.seen == self.at_event:
-            self.die(frame, event)
-        if self.at_function is not None:
-            name, wanted, nth = self.at_function
+            self.send("SIGKILL", frame, event)
+        for index, (name, wanted, nth, number) in enumerate(self.at_functions):
             if event == wanted and frame.f_code.co_name == name:
-                self.passes += 1
-                if self.passes == nth:
-                    self.die(frame, event)
+                self.passes[index] += 1
+                if self.passes[index] == nth:
+                    self.send(number, frame, event)
 
-    def die(self, frame: FrameType, event: str) -> None:
+    def send(self, number: str, frame: FrameType, event: str) -> None:
         code = frame.f_code
         where = f"{Path(code.co_filename).stem}.{code.co_qualname} ({event})"
-        os.write(2, f"\nKILLED IN {where}\n".encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.write(2, f"\n{number} IN {where}\n".encode())
+        os.kill(os.getpid(), signal.Signals[number])
 
 
 def act(request: dict[str, Any]) -> int:
@@ -69,7 +78,11 @@ def act(request: dict[str, Any]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
     if request.get("user") is not None:
         os.seteuid(request["user"])
-    killer = Killer(at_event=request.get("at_event"), at_function=request.get("at_function"))
+    killer = Killer(
+        at_event=request.get("at_event"),
+        at_functions=request.get("at_functions", []),
+        before=request.get("before_training", []),
+    )
     if request.get("watched", True):
         killer.watch()
     code = relora_main(["train", request["recipe"], *request.get("words", [])])

@@ -22,7 +22,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_killed_in_a_named_place_ends_the_same(trial: Trial, place: str) -> None:
     name = place.replace(" ", "-")
-    killed = trial.kill_and_resume(name, {"at_function": PLACES[place]})
+    killed = trial.kill_and_resume(name, trial.at(place))
     assert len(killed) == 1
     assert trial.differences(name) == []
 
