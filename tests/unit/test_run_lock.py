@@ -33,9 +33,9 @@ import os, signal, sys
 from pathlib import Path
 from relora.checkpoint.lock import folder_lock
 with folder_lock(Path(sys.argv[1]), doing="training"):
-    child = os.fork() if sys.argv[2] == "with child" else 0
-    if sys.argv[2] == "alone" or child:
-        print(child, flush=True)
+    child = os.fork() if sys.argv[2] == "with child" else None
+    if not child:  # alone, or the child itself, which has run its hooks by now
+        print(0 if child is None else os.getpid(), flush=True)
     signal.pause()
 """
 

@@ -87,15 +87,35 @@ def folder_lock(folder: Path, *, doing: str) -> Iterator[bool]:
             os.close(handle)
 
 
+def lock_holder(folder: Path) -> str | None:
+    """Return who holds a folder's lock, such as "process 12 on host"; None where nobody is known to."""
+    try:
+        handle = os.open(folder / LOCK_NAME, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        _take(handle, folder, "at work")
+    except CheckpointError:
+        return _owner(handle)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return None
+
+
+def _owner(handle: int) -> str:
+    return os.pread(handle, 200, 0).decode("utf-8", errors="replace") or "another process"
+
+
 def _take(handle: int, folder: Path, doing: str) -> bool:
     if fcntl is None:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = os.pread(handle, 200, 0).decode("utf-8", errors="replace") or "another process"
         raise CheckpointError(
-            f"cannot write in {folder}: {owner!r} is {doing} there; wait for it, or stop it"
+            f"cannot write in {folder}: {_owner(handle)!r} is {doing} there; wait for it, or stop it"
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:

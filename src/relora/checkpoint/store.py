@@ -6,7 +6,6 @@ step-00001000; it is then opened again and verified. Which one is the newest is 
 never from a pointer file.
 """
 
-import re
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
@@ -23,7 +22,7 @@ from relora.checkpoint.folder import (
     write_content,
 )
 from relora.checkpoint.lock import writer_lock
-from relora.checkpoint.manifest import MAX_STEP, folder_name, is_finished, step_of
+from relora.checkpoint.manifest import MAX_STEP, folder_name, is_finished, is_temporary, step_of
 from relora.checkpoint.strict_json import listed, shown
 from relora.errors import CheckpointError
 
@@ -35,8 +34,6 @@ __all__ = [
     "save_checkpoint",
     "verify_checkpoint",
 ]
-
-_TEMPORARY = re.compile(r"\.step-[0-9]{8}\.[0-9a-f]{16}\.tmp")
 
 
 def save_checkpoint(
@@ -170,7 +167,7 @@ def _sweep(root: Path, files: FileOperations) -> None:
     with disk_errors("read", root):
         found = sorted(root.iterdir())
     for path in found:
-        if _TEMPORARY.fullmatch(path.name):
+        if is_temporary(path.name):
             files.remove(path)
 
 
