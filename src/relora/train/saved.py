@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from relora.checkpoint.store import LoadedCheckpoint, latest_valid, load_checkpoint
 from relora.errors import CheckpointError, ConfigError
 from relora.method.inject import fold
 from relora.train.config import Recipe
+from relora.train.folders import empty_model
 from relora.train.model import load_pretrained
 from relora.train.phase import inject_factors
 from relora.train.recipe_io import load_recipe
@@ -69,7 +70,7 @@ def _checkpoint_of(run: Path, step: int | None) -> LoadedCheckpoint:
 def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
     recipe = load_recipe(run)
     saved = SavedState.of(checkpoint)
-    model = empty_model(run)
+    model = empty_model(run / MODEL_CONFIG, checkpoint.tensors["model"])
     if saved.phase == "low_rank":
         inject_factors(model, recipe)
     load_weights_(model, checkpoint.tensors["model"])
@@ -82,14 +83,6 @@ def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
         step=checkpoint.step,
         run=run,
     )
-
-
-def empty_model(run: Path) -> PreTrainedModel:
-    """Build a run's plain model from the configuration it saved, weights still to be loaded."""
-    config = AutoConfig.from_pretrained(run / MODEL_CONFIG)
-    model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def _from_folder(folder: Path) -> SavedModel:

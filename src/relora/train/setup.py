@@ -12,13 +12,14 @@ from relora.checkpoint.rng import seed_rng_
 from relora.checkpoint.store import load_checkpoint
 from relora.data.prepare import PreparedData
 from relora.method.inject import InjectReport
+from relora.train.folders import empty_model
 from relora.train.guard import Past
 from relora.train.model import build_model
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, build_optimizer, free_gradients_, inject_factors
 from relora.train.precision import Resolved, resolve_precision
 from relora.train.run_folder import OpenedRun, refuse_other_settings
-from relora.train.saved import MODEL_CONFIG, TOKENIZER, empty_model
+from relora.train.saved import MODEL_CONFIG, TOKENIZER
 from relora.train.state import Progress, RunState, SavedState, restore_state_
 from relora.train.watch import RestartWatch
 
@@ -53,7 +54,7 @@ def state_to_begin_with(
         if recipe.train.precision == "auto":
             precision, why = saved.precision, "as the run began"
         # A run that goes on needs neither the checkpoint it was initialised from nor a network.
-        model = empty_model(opened.folder)
+        model = empty_model(opened.folder / MODEL_CONFIG, checkpoint.tensors["model"])
         state = build_state(model, plan, here, low_rank=saved.phase == "low_rank")
         restore_state_(state, checkpoint, saved, fingerprint=data.fingerprint)
     if past is not None:
