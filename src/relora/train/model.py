@@ -77,7 +77,7 @@ def load_pretrained(origin: str, *, pickled_weights: bool = False) -> PreTrained
     except Exception as error:  # transformers lets through whatever a foreign file makes of its own code
         raise ConfigError(
             f"{origin!r} does not load as a causal language model: {' '.join(str(error).split())[:2000]}. "
-            "Give a folder with config.json and safetensors weights, or a hub id that can be reached from here"
+            "Give a folder with config.json and safetensors weights, or a hub id that can be reached"
         ) from error
     assert isinstance(loaded, PreTrainedModel)
     return loaded
