@@ -19,6 +19,7 @@ VERBS = {
     "eval": "measure held-out loss, perplexity and bits per byte of a run or a model",
     "generate": "continue a prompt with a run or a model",
     "export": "write a run's model as a folder that stock transformers loads",
+    "doctor": "look for trouble before a run: devices, disk, determinism, one step of a recipe",
     "inspect": "show what a run is, how far it is, and what its checkpoints hold",
 }
 

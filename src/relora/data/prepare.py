@@ -33,6 +33,7 @@ from relora.data.prepared import (
     TokenArray,
     describe_files,
     load_prepared,
+    manifest_bytes,
     too_short,
 )
 from relora.data.sources import open_source
@@ -167,8 +168,7 @@ def _fill(
         "first": tally.first,
         "files": files,
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest))
 
 
 def _train(config: DataConfig, source: Source, tell: Progress) -> TextTokenizer:

@@ -10,6 +10,7 @@ from relora.errors import NonFiniteError
 from relora.method.restart_report import RestartReport
 from relora.train.evaluate import evaluate
 from relora.train.guard import Guard, Past
+from relora.train.memory import memory_errors
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, refuse_dead_cycle
 from relora.train.reporting import Reporter
@@ -31,7 +32,8 @@ class Trainer:
         self.opened, self.data, self.here, self.requests = opened, data, here, requests
         self.recipe = recipe = opened.recipe
         self.plan = Plan(recipe=recipe)
-        self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
+        with memory_errors(recipe, None, "the model"):
+            self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
         left_out = None if self.state.relora is None else self.state.relora.catch_up()
         self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
@@ -59,7 +61,8 @@ class Trainer:
             for step in range(progress.step + 1, self.recipe.total_steps + 1):
                 if plan.switch_step == step - 1:
                     self._switch()
-                flags = self._step(step)
+                with memory_errors(self.recipe, self.state, f"step {step}"):
+                    flags = self._step(step)
                 progress.wall_s = before_s + time.perf_counter() - begun
                 self.saver.check()
                 stop = stop_signal(flags)
