@@ -76,6 +76,9 @@ def act(request: dict[str, Any]) -> int:
     os.dup2(log, 1)
     if "file_limit" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+    if "memory" in request:  # bytes beyond those that the process has mapped by now
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + request["memory"],) * 2)
     if request.get("user") is not None:
         os.seteuid(request["user"])
     killer = Killer(

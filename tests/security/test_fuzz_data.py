@@ -33,11 +33,13 @@ LINES = b"".join(record.replace(b"\n", b"") + b"\n" for record in RECORDS)
 TEXT = b"".join(b"some text \xc3\xa9 %d\n\n" % n for n in range(400))
 
 
-def parquet_bytes(folder: Path) -> bytes:
+def parquet_bytes(folder: Path, *, large: bool = False) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
     table = pyarrow.table({"text": [f"row {n} " * 9 for n in range(30)] + [None], "n": list(range(31))})
+    if large:
+        table = table.set_column(0, "text", table.column("text").cast(pyarrow.large_string()))
     pyarrow.parquet.write_table(table, folder / "original.parquet", row_group_size=10)
     return (folder / "original.parquet").read_bytes()
 
@@ -54,6 +56,7 @@ def test_mutated_text_jsonl_gz_zst_and_parquet_files_give_documents_or_our_error
         "f.txt.zst": ("text", "file", zstandard.compress(TEXT)),
         "g.parquet": ("parquet", "auto", parquet_bytes(tmp_path)),
     }
+    large = parquet_bytes(tmp_path, large=True)
     reached = Reached(
         files_module.open_bytes,
         files_module._Bounded.readinto,
@@ -99,6 +102,7 @@ def test_mutated_text_jsonl_gz_zst_and_parquet_files_give_documents_or_our_error
         read("e.jsonl.zst", zstandard.compress(LINES)[:-3])
         read("g.parquet", kinds["g.parquet"][2], text_field="nothing")
         read("g.parquet", kinds["g.parquet"][2], text_field="n")
+        read("g.parquet", large)
         for filler in (b"a", b"ab ", b"\xc3\xa9", b"\n\n"):
             read("a.txt", filler * 40_000)
     assert outcomes["read"] > 100 and outcomes["refused"] > 300
@@ -119,6 +123,8 @@ def bomb_lines() -> set[str]:
             in_files = "raise DataError(" in line and path.name == "files.py"
             if in_files or any(words in line for words in BOMB_WORDS):
                 found.add(f"{path.name}:{number}")
+            if "except DataError:" in line:  # where this Python has no zstd
+                found |= {f"{path.name}:{number + offset}" for offset in range(3)}
     return found
 
 

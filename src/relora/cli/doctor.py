@@ -17,7 +17,7 @@ class DoctorArguments(VerbArguments):
     """Check versions, devices, precision, determinism and disk, and take one step of a recipe.
 
     The exit code is 0 if nothing is broken; otherwise that of the first thing that is (2 configuration, 3
-    data, 4 disk, 5 not finite, 1 anything else). Warnings do not count. Data is prepared, and nothing else kept.
+    data, 4 disk, 5 not finite, 1 anything else). Warnings do not count. Only prepared data is kept.
     """
 
     recipe: RecipeName = "quickstart"

@@ -24,6 +24,7 @@ JSONL_SUFFIXES = tuple(
     kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")
 )
 MAX_DOCUMENT_BYTES = 1 << 30
+_PART_BYTES = 1 << 20
 MIN_BLOCK_BYTES = 2 << 10
 MAX_BLOCK_BYTES = 16 << 10
 
@@ -85,10 +86,13 @@ class TextFiles:
 
 
 def _whole(stream: io.BufferedIOBase, place: str) -> bytes:
-    data = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise _too_long(place)
-    return data
+    parts, size = [], 0
+    while part := stream.read(_PART_BYTES):  # asked for all it may be, Python would take the memory at once
+        parts.append(part)
+        size += len(part)
+        if size > MAX_DOCUMENT_BYTES:
+            raise _too_long(place)
+    return b"".join(parts)
 
 
 def _lines(stream: io.BufferedIOBase, file: Path) -> Iterator[tuple[int, bytes]]:
