@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relora.errors import ConfigError
+from relora.errors import ConfigError, ReLoRAError
 from relora.train.sections import Strategy
 
 Result = TypeVar("Result")
@@ -60,12 +60,20 @@ class Processes:
         return action()
 
     def from_main(self, action: Callable[[], Result]) -> Result:
-        """Do something on the main process alone, and hand its result to the others."""
+        """Do something on the main process alone, and hand its result to the others, or the error it met."""
         if self.world_size == 1:
             return action()
-        results: list[Result | None] = [action() if self.is_main else None]
-        dist.broadcast_object_list(results, src=0)
-        return cast(Result, results[0])
+        outcome: list[tuple[Result | None, ReLoRAError | None] | None] = [None]
+        if self.is_main:
+            try:
+                outcome = [(action(), None)]
+            except ReLoRAError as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, src=0)
+        result, refusal = outcome[0] or (None, None)
+        if refusal is not None:
+            raise refusal
+        return cast(Result, result)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over ranks, in place."""
