@@ -9,23 +9,28 @@ from pathlib import Path
 
 import pytest
 
+from relora.checkpoint.lock import folder_lock
 from relora.train.config import Recipe
 from relora.train.fit import fit
 from relora.train.recipe_io import write_recipe
 from tiny_run import tiny_recipe
 
 
-def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> None:
-    write_recipe(recipe, path)
+def torchrun(path: Path, *, processes: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "relora", "train", str(path)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> None:
+    write_recipe(recipe, path)
+    done = torchrun(path, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -48,3 +53,14 @@ def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
         for path in (alone, folder)
     ]
     assert restarts[0] == restarts[1] == [6, 8, 10]
+
+
+def test_a_run_that_is_in_use_is_refused_by_every_rank_in_words(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe.run.folder.mkdir(parents=True)
+    write_recipe(recipe, tmp_path / "both.toml")
+    with folder_lock(recipe.run.folder, doing="training"):
+        done = torchrun(tmp_path / "both.toml", processes=2)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"[rank {rank}] relora: cannot write in {recipe.run.folder}" in done.stderr

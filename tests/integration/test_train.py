@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora import ReLoRAConfig, inject
+from relora.checkpoint.lock import folder_lock
 from relora.checkpoint.store import load_checkpoint
+from relora.cli.main import main
 from relora.errors import CheckpointError, ConfigError, NonFiniteError
 from relora.train.evaluate import evaluate_path
 from relora.train.export import export_run
@@ -66,6 +70,14 @@ def test_phases_restarts_and_learning_rate_follow_the_calendar(finished: Path) -
     assert [report["step"] for report in records(finished / "restarts.jsonl")] == [6, 8, 10]
     zero = [line["step"] for line in lines if line["lr"] == 0]
     assert zero == [1, 5, 7, 9, 11]  # the update after the start, the switch, and every restart
+
+
+def test_each_restart_says_what_became_of_the_loss(finished: Path) -> None:
+    losses = [line["train/loss"] for line in records(finished / "metrics.jsonl")]
+    for report in records(finished / "restarts.jsonl"):
+        step = report["step"]  # the cycle has 2 steps, the first of which is the re-warm
+        assert report["loss_before"] == losses[step - 1] and report["loss_after"] == losses[step + 1]
+        assert report["hurt"] is None
 
 
 def test_learned_rank_passes_the_rank_of_one_cycle(finished: Path) -> None:
@@ -147,12 +159,86 @@ def test_generation_is_a_function_of_its_seed(finished: Path) -> None:
     assert texts[0].startswith("def") and texts[0] == texts[1] != texts[2]
 
 
-def test_inspection_finds_a_damaged_checkpoint(tmp_path: Path) -> None:
-    result = fit(tiny_recipe(tmp_path, run={"method": "lora"}, train={"steps": 7}))
-    assert inspect_run(result.folder)["newest_valid_checkpoint"] == "step-00000007"
-    weights = result.folder / "checkpoints" / "step-00000007" / "model.safetensors"
+def test_inspection_tells_the_state_of_every_checkpoint(tmp_path: Path, capsys) -> None:
+    folder = fit(tiny_recipe(tmp_path, run={"method": "lora"}, train={"steps": 7})).folder
+    assert main(["inspect", str(folder), "--verify", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["newest_valid_checkpoint"] == "step-00000007" and result["num_damaged"] == 0
+    assert set(result["checkpoints"].values()) == {"valid"} and result["in_use_by"] is None
+
+    flipped = folder / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 4
+    flipped.write_bytes(bytes(data))
+    cut = folder / "checkpoints" / "step-00000007" / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (folder / "checkpoints" / ".step-00000009.0123456789abcdef.tmp").mkdir()
+    sizes = inspect_run(folder)
+    assert sizes["num_damaged"] == 1 and sizes["newest_valid_checkpoint"] == "step-00000006"
+    assert "--verify" in sizes["checkpoints"]["step-00000006"]
+    assert main(["inspect", str(folder), "--verify"]) == 4
+    assert "optimizer.safetensors should have sha256" in capsys.readouterr().out
+    verified = inspect_run(folder, verify=True)
+    assert verified["num_damaged"] == 2 and verified["newest_valid_checkpoint"] == "step-00000004"
+    assert verified["unfinished_saves"] == [".step-00000009.0123456789abcdef.tmp"]
+    with folder_lock(folder, doing="training"):
+        assert f"process {os.getpid()} on" in inspect_run(folder)["in_use_by"]
+
+
+def test_a_damaged_end_is_trained_again(tmp_path: Path, capsys) -> None:
+    recipe = tiny_recipe(tmp_path, run={"method": "lora"}, train={"steps": 7})
+    folder = fit(recipe).folder
+    before = final_tensors(folder)
+    weights = folder / "checkpoints" / "step-00000007" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert inspect_run(result.folder)["newest_valid_checkpoint"] == "step-00000006"
+    result = fit(recipe)
+    said = capsys.readouterr().err
+    assert "step-00000007: model.safetensors should have" in said and "from step-00000006" in said
+    assert not result.was_finished and result.summary["steps"] == 7
+    assert all(torch.equal(value, before[name]) for name, value in final_tensors(folder).items())
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train={"steps": 7})
+    other = fit(tiny_recipe(tmp_path, run={"name": "other"}, train={"steps": 7}, optim={"lr": 1e-3})).folder
+    with pytest.raises(_Death):
+        _fit_until(recipe, 3)
+    shutil.copytree(
+        other / "checkpoints" / "step-00000006", recipe.run.folder / "checkpoints" / "step-00000006"
+    )
+    with pytest.raises(CheckpointError, match=r"other settings: optim\.lr 0\.001 \(here 0\.005\)"):
+        fit(recipe)
+
+
+def test_lines_that_metrics_lost_are_missed(tmp_path: Path, capsys) -> None:
+    recipe = tiny_recipe(tmp_path, train={"steps": 7})
+    with pytest.raises(_Death):
+        _fit_until(recipe, 6)
+    log = recipe.run.folder / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    fit(recipe)
+    assert "metrics.jsonl has lost lines: its last is not of step 6" in capsys.readouterr().err
+
+
+def test_the_manifest_says_what_the_checkpoint_is_of(finished: Path) -> None:
+    manifests = [
+        json.loads((path / "manifest.json").read_text())
+        for path in sorted((finished / "checkpoints").iterdir())
+        if path.name.startswith("step-")
+    ]
+    assert [manifest["step"] for manifest in manifests] == [3, 4, 6, 9, 12]
+    assert [manifest["restart_index"] for manifest in manifests] == [0, 0, 1, 2, 3]
+    assert [manifest["phase"] for manifest in manifests] == ["warm_start"] * 2 + ["low_rank"] * 3
+    assert len({manifest["recipe_sha256"] for manifest in manifests}) == 1
+    for manifest in manifests:
+        assert len(manifest["recipe_sha256"]) == len(manifest["data_fingerprint"]) == 64
+        assert manifest["versions"]["torch"] == torch.__version__ and manifest["format_version"] == 1
+        assert set(manifest["files"]) == {
+            "state.json",
+            "model.safetensors",
+            "optimizer.safetensors",
+            "rng.safetensors",
+        }
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "relora"])

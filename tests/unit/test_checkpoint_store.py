@@ -346,6 +346,14 @@ def test_nothing_is_retired_when_nothing_is_valid(tmp_path):
     assert retire(tmp_path / "missing", keep_last=1) == []
 
 
+def test_retiring_spares_multiples_of_keep_every(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step)
+    verified = tmp_path / "step-00000050"
+    removed = retire(tmp_path, keep_last=1, keep_every=20, verified=verified)
+    assert removed == [tmp_path / "step-00000030", tmp_path / "step-00000010"]
+
+
 def test_keeping_none_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="keep_last must be at least 1"):
         retire(tmp_path, keep_last=0)

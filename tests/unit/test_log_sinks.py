@@ -164,6 +164,28 @@ def test_truncation_to_step_0_empties_the_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+def test_the_first_records_are_kept_and_the_rest_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"n": 1}\ntorn\n{"n": 2}\n{"n": 3}\n')
+    with closing(JsonlSink(path)) as sink:
+        sink.keep_first(2)
+        sink.log({"n": 9})
+        assert [record["n"] for record in read_jsonl(path).records] == [1, 2, 9]
+        sink.keep_first(0)
+        assert read_jsonl(path).records == ()
+
+
+def test_a_record_is_amended_in_place_and_no_other_byte_changes(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.jsonl"
+    path.write_bytes(b'{"step":  6, "a": 1e2}\nnot json\n{"step": 8}\n')
+    with closing(JsonlSink(path)) as sink:
+        sink.amend(8, {"hurt": True})
+        sink.amend(7, {"hurt": True})
+        sink.log({"step": 9})
+        sink.sync()
+    assert path.read_bytes() == b'{"step":  6, "a": 1e2}\nnot json\n{"step": 8, "hurt": true}\n{"step": 9}\n'
+
+
 def test_truncation_that_fails_leaves_the_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -339,6 +339,16 @@ def test_repeated_steps_and_non_finite_values_are_named(run_folder: Path) -> Non
     assert "10 records left out because a later line tells the same step again" in page.text
 
 
+def test_restarts_that_hurt_are_named_and_others_only_listed(run_folder: Path) -> None:
+    effect = {"loss_before": 3.0, "loss_after": 3.5, "loss_noise": 0.01, "hurt": True}
+    first, second = restart_records(2)
+    calm = {**effect, "loss_after": 2.75, "hurt": False}
+    write_lines(run_folder / "restarts.jsonl", [{**first, **calm}, {**second, **effect}])
+    text = Page(write_report(run_folder)).text
+    assert f"Restart 2, after step {second['step']}, hurt: the loss was 3.0000 before it and 3.5000" in text
+    assert "-0.2500 nat" in text and "+0.5000 nat, hurt" in text and "Restart 1, after" not in text
+
+
 def test_values_of_wrong_kinds_are_taken_as_missing(run_folder: Path) -> None:
     wrong: list[object] = ["1", True, None, [1], {"a": 1}, 10**400]
     rows = [

@@ -86,7 +86,9 @@ def _read_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
     if not Path(folder).is_dir():
         raise CheckpointError(f"cannot read the tokenizer {folder}: it is not a folder")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the tokenizer {folder}: {error}") from error
     return tokenizer

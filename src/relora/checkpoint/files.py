@@ -121,6 +121,33 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder as a whole, durably, in place of what is there; for folders that can be made again.
+
+    Args:
+        target: The folder; its parent exists.
+        fill: Writes into the empty folder that it is given.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    files = FileOperations()
+    temporary = target.with_name(f".{target.name}.new")
+    with disk_errors("write", target):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that died here: the run's lock says so
+        temporary.mkdir()
+        fill(temporary)
+        for path in sorted(temporary.rglob("*")):
+            if path.is_dir():
+                files.sync_folder(path)
+            else:
+                files.sync_file(path)
+        files.sync_folder(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        files.sync_folder(target.parent)
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file for reading; links, folders and devices are refused before a byte is read.

@@ -22,6 +22,7 @@ STATE_NAME = "state.json"
 MANIFEST_LIMIT_BYTES = 4 * 2**20
 MAX_STEP = 99_999_999
 
+_TEMPORARY = re.compile(r"\.step-[0-9]{8}\.[0-9a-f]{16}\.tmp")
 _FINISHED = re.compile(r"step-[0-9]{8}")
 _OWN_KEYS = ("format_version", "step", "files", "manifest_sha256")
 _TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.safetensors")
@@ -58,6 +59,16 @@ def folder_name(step: int) -> str:
 def is_finished(name: str) -> bool:
     """Whether a name is that of a finished checkpoint; nothing else ever bears one."""
     return _FINISHED.fullmatch(name) is not None
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is that of a checkpoint in the making or in removal, be its writer alive or dead."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def step_of(name: str) -> int:
+    """Return the step of a finished checkpoint's name."""
+    return int(name.removeprefix("step-"))
 
 
 def is_tensor_file(name: str) -> bool:

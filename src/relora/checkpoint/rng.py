@@ -33,6 +33,13 @@ class RngRestoreReport:
     """Streams of devices that this machine lacks, or that were not in use when the state was saved."""
 
 
+def seed_rng_(seed: int) -> None:
+    """Begin all random streams of this process anew, the same for the same seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the random states of this process; `restore_rng_` puts them back.
 

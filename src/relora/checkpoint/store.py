@@ -6,7 +6,6 @@ step-00001000; it is then opened again and verified. Which one is the newest is 
 never from a pointer file.
 """
 
-import re
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
@@ -23,7 +22,7 @@ from relora.checkpoint.folder import (
     write_content,
 )
 from relora.checkpoint.lock import writer_lock
-from relora.checkpoint.manifest import MAX_STEP, folder_name, is_finished
+from relora.checkpoint.manifest import MAX_STEP, folder_name, is_finished, is_temporary, step_of
 from relora.checkpoint.strict_json import listed, shown
 from relora.errors import CheckpointError
 
@@ -35,8 +34,6 @@ __all__ = [
     "save_checkpoint",
     "verify_checkpoint",
 ]
-
-_TEMPORARY = re.compile(r"\.step-[0-9]{8}\.[0-9a-f]{16}\.tmp")
 
 
 def save_checkpoint(
@@ -110,14 +107,22 @@ def latest_valid(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def retire(
-    root: Path, *, keep_last: int, keep_steps: Collection[int] = (), observer: Observer | None = None
+    root: Path,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    keep_steps: Collection[int] = (),
+    verified: Path | None = None,
+    observer: Observer | None = None,
 ) -> list[Path]:
     """Remove the oldest checkpoints; the newest one that verifies always stays.
 
     Args:
         root: The folder of all checkpoints of the run.
         keep_last: How many stay, counted from the newest one that verifies; at least 1.
+        keep_every: Checkpoints of its multiples stay besides; 0 is none.
         keep_steps: Steps whose checkpoints stay besides.
+        verified: The newest valid checkpoint, as `save_checkpoint` has just returned it; None looks for it.
         observer: As in `save_checkpoint`.
 
     Returns:
@@ -128,14 +133,18 @@ def retire(
     """
     if keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, not {keep_last}")
-    newest, _ = latest_valid(root)
+    newest = latest_valid(root)[0] if verified is None else verified
     if newest is None:
         return []
     files = FileOperations(observer)
     removed = []
-    kept = {folder_name(step) for step in keep_steps}
+
+    def stays(path: Path) -> bool:
+        step = step_of(path.name)
+        return step in keep_steps or (keep_every > 0 and step % keep_every == 0)
+
     with writer_lock(root):
-        older = [path for path in _finished(root) if path.name < newest.name and path.name not in kept]
+        older = [path for path in _finished(root) if path.name < newest.name and not stays(path)]
         for path in older[keep_last - 1 :]:
             # Renamed first: half of a checkpoint must never bear a finished one's name.
             temporary = _temporary_name(path)
@@ -158,7 +167,7 @@ def _sweep(root: Path, files: FileOperations) -> None:
     with disk_errors("read", root):
         found = sorted(root.iterdir())
     for path in found:
-        if _TEMPORARY.fullmatch(path.name):
+        if is_temporary(path.name):
             files.remove(path)
 
 

@@ -43,7 +43,7 @@ def from_json(data: bytes, *, place: str) -> Any:
     Raises:
         CheckpointError: if it is no JSON, nested too deep, holds NaN or an infinity, or gives a key twice.
     """
-    if _too_deep(data):
+    if too_deep(data):
         raise CheckpointError(f"{place} is nested deeper than {MAX_DEPTH} levels")
     try:
         return json.loads(
@@ -93,7 +93,8 @@ def _unfit_parts(value: dict[Any, object] | list[object], place: str, depth: int
     return problems + [problem for inner, item in parts for problem in _unfit(item, inner, depth)]
 
 
-def _too_deep(data: bytes) -> bool:
+def too_deep(data: bytes) -> bool:
+    """Whether JSON text is nested deeper than MAX_DEPTH, told without parsing it."""
     depth = 0
     for token in _TOKEN.finditer(data):
         if token[0] in (b"[", b"{"):

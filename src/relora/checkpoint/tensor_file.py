@@ -109,10 +109,13 @@ def read_tensors(path: Path, tied: Mapping[str, str]) -> tuple[dict[str, Tensor]
     return tensors | {name: tensors[stored] for name, stored in tied.items()}, digest
 
 
-def check_structure(path: Path, tied: Mapping[str, str]) -> None:
+def check_structure(path: Path, tied: Mapping[str, str]) -> list[str]:
     """Check a file's header against its size and our bounds, without reading a tensor.
 
     The library checks every shape against its bytes, and that tensors fill the file without gap or overlap.
+
+    Returns:
+        The names of its tensors.
 
     Raises:
         CheckpointError: naming what is wrong.
@@ -133,6 +136,7 @@ def check_structure(path: Path, tied: Mapping[str, str]) -> None:
     problems += [f"tied name {shown(name)} has no tensor" for name in tied if tied[name] not in stored]
     if problems:
         raise CheckpointError(f"{path.name}: {listed(problems)}")
+    return list(names)
 
 
 def _opened(path: Path) -> safe_open:

@@ -20,6 +20,7 @@ VERBS = {
     "generate": "continue a prompt with a run or a model",
     "export": "write a run's model as a folder that stock transformers loads",
     "compare": "run a study: several methods, tuned and measured alike, resumably, to one table",
+    "doctor": "look for trouble before a run: devices, disk, determinism, one step of a recipe",
     "inspect": "show what a run is, how far it is, and what its checkpoints hold",
 }
 

@@ -13,7 +13,7 @@ from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe
 
 if TYPE_CHECKING:
-    from relora.train.trainer import TrainResult
+    from relora.train.result import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,10 @@ class TokenBatches:
         Raises:
             ConfigError: if step or batch_size is below 1.
         """
+        return _gather(self._sequences, self.rows(step, batch_size=batch_size))
+
+    def rows(self, step: int, *, batch_size: int) -> npt.NDArray[np.int64]:
+        """Return which sequences the global batch of a step is made of, in its order; as `batch`."""
         if step < 1 or batch_size < 1:
             raise ConfigError(f"step and batch_size must be at least 1, not {step} and {batch_size}")
         positions = np.arange((step - 1) * batch_size, step * batch_size)
@@ -63,7 +67,7 @@ class TokenBatches:
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
             rows[inside] = self._order(epoch)[places[inside]]
-        return _gather(self._sequences, rows)
+        return rows
 
     def _order(self, epoch: int) -> npt.NDArray[np.uint32]:
         if epoch not in self._orders:

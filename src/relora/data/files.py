@@ -2,6 +2,8 @@
 
 Compression is told by a file's first bytes, not by its name, so that everything about a file that matters is
 in its content: a corpus that is renamed or moved keeps its fingerprint.
+
+What a compressed file expands to is bounded as it is read: a few kilobytes can stand for terabytes.
 """
 
 import gzip
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _CHUNK_BYTES = 1 << 17
+# A zstd block of 4 bytes can stand for 128 KB: what is fed at once decides how much may come back at once.
+_FEED_BYTES = 1 << 11
+MAX_EXPANSION = 250
+FREE_EXPANSION_BYTES = 64 << 20
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
@@ -117,15 +123,45 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     head = raw.read(4)
     raw.seek(0)
     if head.startswith(_GZIP_MAGIC):
-        raw.close()
-        return gzip.open(path, "rb")
+        return _bounded(gzip.GzipFile(fileobj=raw), raw, path)
     if head == _ZSTD_MAGIC:
         try:
-            return io.BufferedReader(_ZstdStream(raw, path), buffer_size=_CHUNK_BYTES)
+            return _bounded(_ZstdStream(raw, path), raw, path)
         except DataError:
             raw.close()
             raise
     return raw
+
+
+def _bounded(expanded: io.RawIOBase | io.BufferedIOBase, raw: BinaryIO, path: Path) -> io.BufferedReader:
+    return io.BufferedReader(_Bounded(expanded, raw, path), buffer_size=_CHUNK_BYTES)
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed file expands to, refused where it is out of all proportion to the file."""
+
+    def __init__(self, expanded: io.RawIOBase | io.BufferedIOBase, raw: BinaryIO, path: Path) -> None:
+        super().__init__()
+        self._expanded, self._raw, self._path = expanded, raw, path
+        self._left = max(path.stat().st_size * MAX_EXPANSION, FREE_EXPANSION_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        count = self._expanded.readinto(buffer) or 0
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"{self._path} expands to more than {MAX_EXPANSION} times its size, which text does not: "
+                "if it is no attack, give it decompressed"
+            )
+        return count
+
+    def close(self) -> None:
+        self._expanded.close()
+        self._raw.close()
+        super().close()
 
 
 class _ZstdStream(io.RawIOBase):
@@ -140,7 +176,8 @@ class _ZstdStream(io.RawIOBase):
         self._new_frame, self._error = _zstd(path)
         self._raw = raw
         self._frame: Any = None
-        self._rest = b""
+        self._chunk = memoryview(b"")
+        self._piece = b""
         self._ready = io.BytesIO()
 
     def readable(self) -> bool:
@@ -148,24 +185,31 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         while not (count := self._ready.readinto(buffer)):
-            chunk = self._rest or self._raw.read(_CHUNK_BYTES)
-            if not chunk and self._frame is None:
+            piece = self._piece or self._next_piece()
+            if not piece and self._frame is None:
                 return 0
-            if not chunk:
+            if not piece:
                 raise EOFError("the zstd stream ends inside a frame: the file is cut off")
-            self._ready = io.BytesIO(self._decompress(chunk))
+            self._ready = io.BytesIO(self._decompress(piece))
         return count
 
-    def _decompress(self, chunk: bytes) -> bytes:
+    def _next_piece(self) -> bytes:
+        if not self._chunk:
+            self._chunk = memoryview(self._raw.read(_CHUNK_BYTES))
+        piece, self._chunk = bytes(self._chunk[:_FEED_BYTES]), self._chunk[_FEED_BYTES:]
+        return piece
+
+    def _decompress(self, piece: bytes) -> bytes:
+        """Return what a piece of the file gives; what of it belongs to the next frame is kept for later."""
         if self._frame is None:
             self._frame = self._new_frame()
         try:
-            data: bytes = self._frame.decompress(chunk)
+            data: bytes = self._frame.decompress(piece)
         except self._error as error:
             raise OSError(f"damaged zstd data: {error}") from error
-        self._rest = b""
+        self._piece = b""
         if self._frame.eof:
-            self._rest = self._frame.unused_data
+            self._piece = self._frame.unused_data
             self._frame = None
         return data
 

@@ -28,6 +28,7 @@ from relora.data.prepared import (
     PreparedData,
     describe_files,
     load_prepared,
+    manifest_bytes,
     too_short,
 )
 from relora.data.sources import open_source
@@ -171,8 +172,7 @@ def _fill(
         "first": tally.first,
         "files": files,
     }
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest))
 
 
 def _train(config: DataConfig, source: Source, tell: Progress) -> TextTokenizer:

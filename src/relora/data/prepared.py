@@ -14,12 +14,13 @@ import numpy.typing as npt
 from relora.data.corpus import Tally
 from relora.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TRAIN = "train.bin"
 HELDOUT = "heldout.bin"
 TUNING = "tuning.bin"
 TOKENIZER = "tokenizer"
+_DIGEST = "manifest_sha256"
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -127,20 +128,36 @@ def too_short(split: str, *, num_tokens: int, seq_len: int) -> str:
     )
 
 
+def manifest_bytes(content: Mapping[str, object]) -> bytes:
+    """Return the text of a manifest, with a digest of itself: a flipped bit in it is damage too."""
+    return _text({**content, _DIGEST: hashlib.sha256(_text(content)).hexdigest()})
+
+
+def _text(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = path.read_bytes()
+        manifest = json.loads(data)
+        if not isinstance(manifest, dict):
+            raise ValueError(f"a {type(manifest).__name__}, not an object")
+        content = {key: value for key, value in manifest.items() if key != _DIGEST}
+        is_whole = manifest_bytes(content) == data
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{folder} is not prepared data ({path.name}: {error}): delete this folder and prepare again"
         ) from error
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{folder} has format {version}, this version of relora reads {FORMAT_VERSION}: "
+            f"{folder} has format {version!r}, this version of relora reads {FORMAT_VERSION}: "
             "delete this folder and prepare again"
         )
+    if not is_whole:
+        raise DataError(f"{path} differs from its own digest: delete {folder} and prepare again")
     return manifest
 
 

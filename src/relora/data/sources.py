@@ -5,24 +5,28 @@ as it names neither file nor line of what it cannot parse, and cannot count inva
 through pyarrow, the reader inside `datasets`, for the same reason.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from relora.data.config import DataConfig
 from relora.data.corpus import Record, Source
 from relora.data.files import find_files, fingerprint_files, open_bytes, reading, stdlib_files
+from relora.data.parquet import ROWS, ParquetFiles, column_bytes, one_line, require_column
 from relora.errors import DataError
 
 JSONL_SUFFIXES = tuple(
     kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")
 )
+MAX_DOCUMENT_BYTES = 1 << 30
+_PART_BYTES = 1 << 20
 MIN_BLOCK_BYTES = 2 << 10
 MAX_BLOCK_BYTES = 16 << 10
-_ROWS = 256
 
 
 def open_source(config: DataConfig) -> Source:
@@ -72,13 +76,41 @@ class TextFiles:
         for file in self.files:
             with reading(file), open_bytes(file) as stream:
                 if self.unit == "file":
-                    yield Record(stream.read(), str(file))
+                    yield Record(_whole(stream, str(file)), str(file))
                 elif self.unit == "line":
-                    for number, line in enumerate(stream, start=1):
+                    for number, line in _lines(stream, file):
                         yield Record(line.rstrip(b"\r\n"), f"{file}:{number}")
                 else:
                     for offset, block in _blocks(stream.read):
                         yield Record(block, f"{file} at byte {offset}")
+
+
+def _whole(stream: io.BufferedIOBase, place: str) -> bytes:
+    parts, size = [], 0
+    while part := stream.read(_PART_BYTES):  # asked for all it may be, Python would take the memory at once
+        parts.append(part)
+        size += len(part)
+        if size > MAX_DOCUMENT_BYTES:
+            raise _too_long(place)
+    return b"".join(parts)
+
+
+def _lines(stream: io.BufferedIOBase, file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their numbers, none longer than a document may be."""
+    for number in count(1):
+        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+        if len(line) > MAX_DOCUMENT_BYTES:
+            raise _too_long(f"{file}:{number}")
+        if not line:
+            return
+        yield number, line
+
+
+def _too_long(place: str) -> DataError:
+    return DataError(
+        f"{place} is longer than the {MAX_DOCUMENT_BYTES >> 20} MiB a document may have: cut it, or read it "
+        "in blocks with data.document = 'block'"
+    )
 
 
 def _blocks(read: Callable[[int], bytes]) -> Iterator[tuple[int, bytes]]:
@@ -131,7 +163,7 @@ class JsonLines:
         """Yield the texts, blank lines passed over."""
         for file in self.files:
             with reading(file), open_bytes(file) as stream:
-                for number, line in enumerate(stream, start=1):
+                for number, line in _lines(stream, file):
                     if line.strip():
                         place = f"{file}:{number}"
                         yield Record(self._text(line, place), place)
@@ -161,62 +193,6 @@ def _checked_text(record: dict[str, object], text_field: str, place: str) -> str
     raise DataError(
         f"{place}: field {text_field!r} is a {type(text).__name__}, not text: set data.text_field to another"
     )
-
-
-@dataclass(frozen=True)
-class ParquetFiles:
-    """Parquet files, one column read, a few rows at a time."""
-
-    name: str
-    files: list[Path]
-    text_field: str
-
-    def key(self) -> dict[str, object]:
-        """Return the fingerprint of the files and the column that is read."""
-        return {"files": fingerprint_files(self.files), "text_field": self.text_field}
-
-    def records(self) -> Iterator[Record]:
-        """Yield the column's values, row by row."""
-        pyarrow: Any = import_module("pyarrow")
-        for file in self.files:
-            try:
-                yield from self._rows(file)
-            except pyarrow.ArrowException as error:
-                raise DataError(f"{file} is not a readable Parquet file: {_one_line(error)}") from error
-
-    def _rows(self, file: Path) -> Iterator[Record]:
-        parquet: Any = import_module("pyarrow.parquet")
-        row = 0
-        with reading(file), parquet.ParquetFile(file) as table:
-            require_column(table.schema_arrow.names, self.text_field, str(file))
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[self.text_field]):
-                for text in column_bytes(batch.column(0), f"{file}, column {self.text_field!r}"):
-                    row += 1
-                    yield Record(text, f"{file} row {row}")
-
-
-def require_column(names: list[str], text_field: str, place: str) -> None:
-    """Raise DataError if `text_field` is not among the columns of a table."""
-    if text_field not in names:
-        raise DataError(
-            f"{place} has no column {text_field!r}: set data.text_field to one of {', '.join(names)}"
-        )
-
-
-def column_bytes(column: Any, place: str) -> list[bytes | None]:
-    """Return an Arrow column of text as bytes, so that invalid UTF-8 meets our policy, not Arrow's.
-
-    Raises:
-        DataError: if the column is not text.
-    """
-    pyarrow: Any = import_module("pyarrow")
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind = str(column.type)
-    if kind not in {"string", "large_string", "string_view", "binary", "large_binary", "null"}:
-        raise DataError(f"{place} is of type {kind}, not text: set data.text_field to another column")
-    values: list[bytes | None] = column.cast(pyarrow.large_binary()).to_pylist()
-    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,23 +236,19 @@ class HubDataset:
                 revision=self.revision,
                 streaming=self.streaming,
             )
-            tables = iter(dataset.with_format("arrow").iter(batch_size=_ROWS))
+            tables = iter(dataset.with_format("arrow").iter(batch_size=ROWS))
         except Exception as error:
             raise DataError(
                 f"dataset {self.name!r} (name {self.config_name!r}, split {self.split!r}) cannot be loaded: "
-                f"{_one_line(error)}: check data.path, data.name, data.split and the network"
+                f"{one_line(error)}: check data.path, data.name, data.split and the network"
             ) from error
         while True:
             try:
                 table = next(tables, None)
             except Exception as error:
                 raise DataError(
-                    f"dataset {self.name!r}, split {self.split!r}, cannot be read on: {_one_line(error)}"
+                    f"dataset {self.name!r}, split {self.split!r}, cannot be read on: {one_line(error)}"
                 ) from error
             if table is None:
                 return
             yield table
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

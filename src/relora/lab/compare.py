@@ -12,7 +12,7 @@ from relora.lab.plan import Outcome, Planner, predicted
 from relora.lab.report import RESULTS, read_results, write_results, write_tables
 from relora.lab.runner import Observer, Runner
 from relora.lab.study import Cell, Study
-from relora.train.signals import stop_on_signals
+from relora.train.signals import Requests, stopping_on_signals
 
 
 def find_study(given: Path) -> Path:
@@ -55,7 +55,8 @@ def compare(
     """
     if not 1 <= threads_per_cell <= cores:
         raise ConfigError(f"threads-per-cell must be from 1 to the {cores} cores, not {threads_per_cell}")
-    with stop_on_signals() as request:
+    requests = Requests()
+    with stopping_on_signals(requests):
         runner = Runner(
             study,
             folder,
@@ -63,7 +64,7 @@ def compare(
             threads=threads_per_cell,
             environment=environment,
             observer=observer,
-            request=request,
+            requests=requests,
         )
         run = runner.run()
     results = study_results(

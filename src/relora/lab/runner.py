@@ -12,7 +12,7 @@ from relora.lab.processes import RunningCell, start
 from relora.lab.study import Cell, Study
 from relora.report.run import last_record
 from relora.train.prepare import prepare_recipe
-from relora.train.signals import StopRequest
+from relora.train.signals import Requests
 
 _POLL_S = 0.1
 _LOOK_S = 1.0
@@ -62,7 +62,7 @@ class Runner:
         threads: Of each.
         environment: For the training processes.
         observer: Told of everything.
-        request: Asks to stop.
+        requests: Ask to stop.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Runner:
         threads: int,
         environment: Mapping[str, str],
         observer: Observer,
-        request: StopRequest,
+        requests: Requests,
     ) -> None:
         self._study, self._folder = study, folder
         self._num_slots, self._threads, self._environment = num_slots, threads, environment
-        self._observer, self._request = observer, request
+        self._observer, self._requests = observer, requests
         self._planner = Planner(study, folder / "cells")
         self._outcomes: dict[str, Outcome] = {}
         self._running: dict[str, RunningCell] = {}
@@ -94,7 +94,7 @@ class Runner:
         stopping = False
         plan = self._look()
         while True:
-            if self._request.signal_number is not None and not stopping:
+            if self._requests.stop_signal is not None and not stopping:
                 stopping = True
                 self._observer.say("stopping: each running cell saves first; the same command goes on")
                 for running in self._running.values():
@@ -197,7 +197,7 @@ class Runner:
 
     def _exit_code(self, stopping: bool) -> int:
         if stopping:
-            return self._request.exit_code
+            return self._requests.exit_code
         return int(any(not outcome.is_final for outcome in self._outcomes.values()))
 
 

@@ -7,7 +7,7 @@ JSON has no word for a NaN or an infinity. Such a value is written as null, and 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -89,6 +89,55 @@ class JsonlSink:
         finally:
             self._open()
         return TruncateReport(num_kept=kept, num_later=later, num_damaged=len(unreadable))
+
+    def keep_first(self, num_records: int) -> None:
+        """Drop all records but the first ones; lines that hold none stay where they are before them.
+
+        Raises:
+            CheckpointError: if the disk refuses; the file is then as it was.
+        """
+        left = num_records
+
+        def change(record: dict[str, object] | None, line: bytes) -> bytes:
+            nonlocal left
+            left -= record is not None
+            return line if left >= 0 else b""
+
+        self._rewrite(change)
+
+    def amend(self, step: int, values: Mapping[str, object]) -> None:
+        """Add values to the record of a step, which stays one line; the file is replaced as a whole.
+
+        Raises:
+            CheckpointError: if the disk refuses; the file is then as it was.
+            TypeError: as `log`.
+        """
+
+        def change(record: dict[str, object] | None, line: bytes) -> bytes:
+            if record is None or record_step(record) != step:
+                return line
+            return strict_json({**record, **values}).encode() + b"\n"
+
+        self._rewrite(change)
+
+    def _rewrite(self, change: Callable[[dict[str, object] | None, bytes], bytes]) -> None:
+        self._file.close()
+        try:
+            with self._path.open("rb") as source, replacing(self._path) as target:
+                target.writelines(change(_parse(line), line) for line in source)
+        finally:
+            self._open()
+
+    def sync(self) -> None:
+        """Force what was logged to the disk.
+
+        Raises:
+            CheckpointError: if the disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Force what was logged to the disk and close the file; a second call does nothing."""

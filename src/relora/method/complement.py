@@ -202,6 +202,10 @@ class Complement:
         self._observers = [LayerObserver(layer, residual) for layer in self._layers] if is_due else []
         return self._observers
 
+    def drop(self) -> None:
+        """Forget what was observed of the step; nothing moves by it."""
+        self._observers = []
+
     def refuse_unseen(self, step: int) -> None:
         """Refuse an observed step of which nothing was seen.
 

@@ -92,13 +92,15 @@ class ReLoRA:
         self._watch = Watch(model, self._layers, config, seed=seed)
         self._watch_next_step()
 
-    def after_step(self, step: int) -> RestartReport | None:
+    def after_step(self, step: int, *, was_taken: bool = True) -> RestartReport | None:
         """Restart if `step` ends a cycle; call it after `optimizer.step()` of every step, in order.
 
         Call it before a learning-rate scheduler's `step()` and before a checkpoint of this step is written.
 
         Args:
             step: The optimizer step just taken, counted from 1.
+            was_taken: False where the loop left out `optimizer.step()`, because the gradient was not finite:
+                the step counts, but what was observed of it moves nothing and decays nothing.
 
         Returns:
             What the restart did, or None between restarts.
@@ -119,9 +121,12 @@ class ReLoRA:
                 f"after_step({step}) lies past end={self.calendar.end}, the last step: build ReLoRA with the "
                 "end of the longer run"
             )
-        self._watch.refuse_unseen(step)
+        if was_taken:
+            self._watch.refuse_unseen(step)
+        else:
+            self._watch.drop()
         keep = self._keep
-        if self.config.base_weight_decay:
+        if self.config.base_weight_decay and was_taken:
             keep *= 1 - self._factor_lr() * self.config.base_weight_decay
         report = self._restart(step, keep) if self.calendar.restarts_at(step) else None
         self._step, self._keep = step, 1.0 if report else keep

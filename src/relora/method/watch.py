@@ -62,6 +62,14 @@ class Watch:
             told = [observers[position] for observers in watching]
             layer.observers = Observers(told) if told else ()
 
+    def drop(self) -> None:
+        """Detach every observer, and forget what was seen."""
+        self._sketches = []
+        if self._complement is not None:
+            self._complement.drop()
+        for layer in self._layers:
+            layer.observers = ()
+
     def take_gradient_rows_(self, *, seen: bool = True) -> GradientInitReport | None:
         """Give layers that a restart has just re-initialised the rows their gradients call for.
 

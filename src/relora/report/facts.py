@@ -14,6 +14,7 @@ RESTART_COLUMNS = (
     "function change",
     "state entries",
     "zeroed",
+    "loss after re-warm",
 )
 
 
@@ -109,7 +110,16 @@ def _restart_row(restart: Record) -> list[str]:
         _worded(restart.get("max_function_change"), scientific),
         _whole(entries),
         f"{_whole(zeroed)} ({percent(zeroed, entries)})",
+        _effect(restart),
     ]
+
+
+def _effect(restart: Record) -> str:
+    """Word what became of the loss at a restart; nothing where it was not measured."""
+    before, after = number(restart.get("loss_before")), number(restart.get("loss_after"))
+    if before is None or after is None:
+        return ""
+    return f"{after - before:+.4f} nat{', hurt' if restart.get('hurt') is True else ''}"
 
 
 def _last(run: Run) -> Record:

@@ -21,7 +21,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 
 _RESTART_CAPTION = (
     "Each restart, as it reported itself: the share of the delta that the weight did not take, the largest "
-    "change of a weight as the forward pass applies it, and the factors' optimizer entries set to zero"
+    "change of a weight as the forward pass applies it, the factors' optimizer entries set to zero, and how "
+    "the mean loss changed from the last steps before it to the first ones after its re-warm"
 )
 
 _TERMS = (

@@ -93,6 +93,7 @@ def read_run(folder: Path) -> Run:
     metrics = _by_step("metrics.jsonl", read_jsonl(folder / "metrics.jsonl"), notes)
     restarts = _by_step("restarts.jsonl", read_jsonl(folder / "restarts.jsonl"), notes)
     _note_non_finite(metrics, notes)
+    _note_hurtful_restarts(restarts, notes)
     run_section = settings.get("run")
     name = run_section.get("name") if isinstance(run_section, Mapping) else None
     return Run(
@@ -138,6 +139,17 @@ def _note_non_finite(metrics: Sequence[Record], notes: list[str]) -> None:
             f"metrics.jsonl: {_plural(len(steps), 'record')} with a value that is not finite "
             f"({_some('step', steps)}); the lines of the plots are broken there."
         )
+
+
+def _note_hurtful_restarts(restarts: Sequence[Record], notes: list[str]) -> None:
+    for restart in restarts:
+        before, after = number(restart.get("loss_before")), number(restart.get("loss_after"))
+        if restart.get("hurt") is True and before is not None and after is not None:
+            index = number(restart.get("restart_index")) or 0
+            notes.append(
+                f"Restart {index:.0f}, after step {_step(restart)}, hurt: the loss was "
+                f"{before:.4f} before it and {after:.4f} after its re-warm."
+            )
 
 
 def _summary(path: Path, notes: list[str]) -> Record | None:

@@ -83,6 +83,8 @@ class ModelConfig:
     """A LLaMA size of the paper; the numbers given below override it."""
     init_from: str | None = None
     """Hugging Face folder or hub id of a causal language model to start from, instead of random weights."""
+    pickled_weights: bool = False
+    """Whether init_from may be a folder whose weights are pickles (.bin), read with weights_only=True."""
     hidden_size: int | None = None
     """Width of the residual stream."""
     intermediate_size: int | None = None
@@ -112,6 +114,8 @@ class ModelConfig:
         """Return what is wrong with these fields, in words."""
         if self.init_from is not None:
             return self._origin_violations(self.init_from)
+        if self.pickled_weights:
+            return ["pickled_weights must be left out without init_from: there is nothing to read"]
         sizes = self.explicit.items()
         if too_small := [f"{name} must be at least 1, not {size}" for name, size in sizes if size < 1]:
             return too_small

@@ -4,11 +4,10 @@ import json
 import tomllib
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from relora.checkpoint.card import model_card
 from relora.checkpoint.export import export_folder
 from relora.errors import ConfigError
+from relora.train.folders import open_tokenizer
 from relora.train.recipe_io import recipe_toml
 from relora.train.run_folder import SUMMARY
 from relora.train.saved import load_saved
@@ -28,7 +27,7 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> Path:
     saved = load_saved(run, step=step)
     if saved.recipe is None or saved.run is None:
         raise ConfigError(f"export: {run} is a model folder already, not a run")
-    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer_folder)
+    tokenizer = open_tokenizer(saved.tokenizer_folder)
     summary_file = saved.run / SUMMARY
     summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {"step": saved.step}
     card = model_card(tomllib.loads(recipe_toml(saved.recipe)), summary)

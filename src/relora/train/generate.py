@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from relora.errors import ConfigError
+from relora.train.folders import open_tokenizer
 from relora.train.saved import load_saved
 
 
@@ -26,7 +27,7 @@ def generate_from(
         Prompt and continuation.
     """
     saved = load_saved(path)
-    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer_folder)
+    tokenizer = open_tokenizer(saved.tokenizer_folder)
     return generate(
         saved.model,
         tokenizer,

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from relora.checkpoint.model_folder import check_model_folder
+from relora.checkpoint.tensor_file import check_structure
 from relora.data.prepared import PreparedData
 from relora.errors import ConfigError
 from relora.method.seeds import derived_seed
@@ -28,7 +29,7 @@ def build_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
         DataError: if the tokenizer has entries the checkpoint has no embedding for.
     """
     if recipe.model.init_from is not None:
-        model = load_pretrained(recipe.model.init_from)
+        model = load_pretrained(recipe.model.init_from, pickled_weights=recipe.model.pickled_weights)
         data.check_fits(cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and recipe.data.seq_len > positions:
@@ -43,37 +44,50 @@ def build_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
         return LlamaForCausalLM(config)
 
 
-def load_pretrained(origin: str) -> PreTrainedModel:
-    """Load a causal language model in float32 from a Hugging Face folder or hub id, safetensors only.
+def load_pretrained(origin: str, *, pickled_weights: bool = False) -> PreTrainedModel:
+    """Load a causal language model in float32 from a Hugging Face folder or hub id.
+
+    Code that comes with a model is never run. A local folder is looked at before anything of it is opened.
+
+    Args:
+        origin: The folder, or the id.
+        pickled_weights: Whether weights may be pickles, read with `weights_only=True`; else safetensors only.
 
     Raises:
-        ConfigError: if it does not load.
+        ConfigError: if it does not load, or must not be loaded.
     """
     folder = Path(origin).expanduser()
-    _refuse_factors(folder)
+    has_safetensors = True
     try:
+        if folder.is_dir():
+            weights = check_model_folder(folder, with_pickles=pickled_weights)
+            has_safetensors = all(path.suffix == ".safetensors" for path in weights)
+            _refuse_factors(weights)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             loaded = AutoModelForCausalLM.from_pretrained(
-                str(folder) if folder.exists() else origin, dtype=torch.float32, use_safetensors=True
+                str(folder) if folder.exists() else origin,
+                dtype=torch.float32,
+                use_safetensors=has_safetensors,
+                weights_only=True,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers lets through whatever a foreign file makes of its own code
         raise ConfigError(
-            f"{origin!r} does not load as a causal language model: {error}. Give a folder "
-            "with config.json and safetensors weights, or a hub id that can be reached from here"
+            f"{origin!r} does not load as a causal language model: {' '.join(str(error).split())[:2000]}. "
+            "Give a folder with config.json and safetensors weights, or a hub id that can be reached"
         ) from error
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
 
-def _refuse_factors(folder: Path) -> None:
+def _refuse_factors(weights: list[Path]) -> None:
     """Refuse a folder saved with its factors: `from_pretrained` would drop them with a warning at most."""
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        try:
-            with safe_open(path, framework="pt") as file:
-                factors = [key for key in file.keys() if key.endswith(".lora_A")]  # noqa: SIM118
-        except SafetensorError as error:
-            raise ConfigError(f"{path} is not a safetensors file: {error}") from error
+    for path in weights:
+        names = check_structure(path, {}) if path.suffix == ".safetensors" else []
+        factors = [name for name in names if name.endswith(".lora_A")]
         if factors:
             raise ConfigError(
                 f"{path} holds low-rank factors ({factors[0]} and more): fold(model) before "

@@ -4,7 +4,7 @@ The only place besides the command line that reads the environment. A collective
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relora.errors import ConfigError
+from relora.errors import ConfigError, ReLoRAError
 from relora.train.sections import Strategy
 
 Result = TypeVar("Result")
@@ -60,12 +60,20 @@ class Processes:
         return action()
 
     def from_main(self, action: Callable[[], Result]) -> Result:
-        """Do something on the main process alone, and hand its result to the others."""
+        """Do something on the main process alone, and hand its result to the others, or the error it met."""
         if self.world_size == 1:
             return action()
-        results: list[Result | None] = [action() if self.is_main else None]
-        dist.broadcast_object_list(results, src=0)
-        return cast(Result, results[0])
+        outcome: list[tuple[Result | None, ReLoRAError | None] | None] = [None]
+        if self.is_main:
+            try:
+                outcome = [(action(), None)]
+            except ReLoRAError as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, src=0)
+        result, refusal = outcome[0] or (None, None)
+        if refusal is not None:
+            raise refusal
+        return cast(Result, result)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over ranks, in place."""
@@ -73,11 +81,26 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Tell whether a flag is set on any rank."""
-        if self.world_size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+    def agree(
+        self, loss: Tensor, norm: Tensor, flags: Sequence[bool]
+    ) -> tuple[float, float, tuple[bool, ...]]:
+        """Tell every rank the same: one collective, and one wait for the device.
+
+        Args:
+            loss: This rank's mean, 0-d.
+            norm: The same on every rank, 0-d.
+            flags: This rank's.
+
+        Returns:
+            The mean loss over ranks, the norm, and which flags are set on any rank.
+        """
+        values = loss.double()[None]
+        if self.world_size > 1:
+            raised = torch.tensor([float(flag) for flag in flags], dtype=values.dtype, device=values.device)
+            values = self.sum(torch.cat([values, raised]))
+        total, *counts, grad_norm = torch.cat([values, norm.double()[None]]).tolist()
+        agreed = tuple(count > 0 for count in counts) if self.world_size > 1 else tuple(flags)
+        return total / self.world_size, grad_norm, agreed
 
     def barrier(self) -> None:
         """Wait for every rank."""

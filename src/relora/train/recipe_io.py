@@ -25,6 +25,7 @@ from relora.train.methods import MethodOptions, options_type
 Layer = Mapping[str, Mapping[str, object]]
 Typed = Mapping[str, Mapping[str, Any]]
 
+PART_SUFFIX = ".part"
 _SIZES = ARCHITECTURE_FIELDS[:4]
 _TAKES_BACK = {
     ("train", "steps"): ("tokens",),
@@ -171,7 +172,7 @@ def recipe_toml(recipe: Recipe) -> str:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe to a file, which appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}{PART_SUFFIX}")
     with part.open("w", encoding="utf-8", newline="\n") as file:
         file.write(recipe_toml(recipe))
         file.flush()

@@ -4,6 +4,7 @@ Only the main process of a run speaks; on the others every call does nothing.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,23 +12,27 @@ from typing import Any
 
 from relora.data.prepare import PreparedData
 from relora.log.console import Console
-from relora.log.jsonl import JsonlSink
+from relora.log.jsonl import JsonlSink, read_jsonl, record_step
 from relora.log.screen import last_screen
 from relora.log.sinks import Sink, make_sinks
 from relora.method.restart_report import RestartReport
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters
-from relora.train.run_folder import RESTARTS, SUMMARY, OpenedRun
+from relora.train.run_folder import METRICS, RESTARTS, SUMMARY, OpenedRun
 from relora.train.state import RunState
+from relora.train.watch import RestartEffect
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a finished run, or None."""
+    """Return the summary of a finished run; None where there is none that can be read."""
     path = folder / SUMMARY
     if not path.is_file():
         return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    try:
+        summary = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
@@ -59,6 +64,7 @@ class Reporter:
         self._sinks = make_sinks(log, opened.folder, opened.recipe.run.name, resume_after=step)
         self._restarts = JsonlSink(opened.folder / RESTARTS)
         self._restarts.truncate_after(step)
+        self._note_lost_lines()
 
     def begin(self, data: PreparedData, precision: str) -> None:
         """Say what will be trained, and when the restarts fall."""
@@ -97,7 +103,8 @@ class Reporter:
         record = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "train/loss": progress.loss_sum / progress.loss_steps,
+            # Not a number where none of the steps since the last line was finite.
+            "train/loss": progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan,
             "lr": self._state.optimizer.lr,
             "grad_norm": grad_norm,
             "tokens_per_s": (progress.tokens - self._seen_tokens) / (now - self._seen_s),
@@ -106,11 +113,29 @@ class Reporter:
             **(progress.evaluated if is_evaluated else {}),
         }
         progress.loss_sum, progress.loss_steps = 0.0, 0
+        progress.logged_step = progress.step
         self._seen_tokens, self._seen_s = progress.tokens, time.perf_counter()
         for sink in self._sinks:
             sink.log(record)
         if self._console is not None:
             self._console.log(record)
+
+    def effect(self, effect: RestartEffect | None) -> None:
+        """Add to a restart's line what became of the loss, and say so where it hurt."""
+        if effect is None or self._restarts is None:
+            return
+        self._restarts.amend(effect.step, effect.as_dict())
+        if effect.hurt:
+            self.say(
+                f"the restart after step {effect.step} hurt: loss {effect.loss_before:.4f} before it, "
+                f"{effect.loss_after:.4f} after its re-warm"
+            )
+
+    def sync(self) -> None:
+        """Force what was logged to the disk."""
+        for sink in (*self._sinks, self._restarts):
+            if isinstance(sink, JsonlSink):
+                sink.sync()
 
     def switched(self, report: str) -> None:
         """Say that the model trains at low rank from here."""
@@ -119,6 +144,13 @@ class Reporter:
         perplexity = (self._state.progress.switch or {}).get("eval/perplexity")
         self._console.switch(self._state.progress.step, heldout_perplexity=perplexity)
         self._console.say(report)
+
+    def _note_lost_lines(self) -> None:
+        """Say so where metrics.jsonl is shorter than the checkpoint knows it: it was moved or cut."""
+        logged = self._state.progress.logged_step
+        steps = [record_step(record) for record in read_jsonl(self._opened.folder / METRICS).records]
+        if logged and steps[-1:] != [logged]:
+            self.say(f"{METRICS} has lost lines: its last is not of step {logged}, which was logged")
 
     def close(self) -> None:
         """Close every file and the display; more than once does no harm."""

@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from relora.checkpoint.store import LoadedCheckpoint, latest_valid, load_checkpoint
 from relora.errors import CheckpointError, ConfigError
 from relora.method.inject import fold
 from relora.train.config import Recipe
+from relora.train.folders import empty_model
 from relora.train.model import load_pretrained
 from relora.train.phase import inject_factors
 from relora.train.recipe_io import load_recipe
+from relora.train.state import SavedState, load_weights_
 
 RECIPE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
@@ -67,11 +69,12 @@ def _checkpoint_of(run: Path, step: int | None) -> LoadedCheckpoint:
 
 def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
     recipe = load_recipe(run)
-    model = empty_model(run)
-    has_factors = checkpoint.state["phase"] == "low_rank" and recipe.spec.injects
+    saved = SavedState.of(checkpoint)
+    model = empty_model(run / MODEL_CONFIG, checkpoint.tensors["model"])
+    has_factors = saved.phase == "low_rank" and recipe.spec.injects
     if has_factors:
         inject_factors(model, recipe)
-    model.load_state_dict(checkpoint.tensors["model"])
+    load_weights_(model, checkpoint.tensors["model"])
     if has_factors:
         fold(model)
     return SavedModel(
@@ -81,14 +84,6 @@ def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
         step=checkpoint.step,
         run=run,
     )
-
-
-def empty_model(run: Path) -> PreTrainedModel:
-    """Build a run's plain model from the configuration it saved, weights still to be loaded."""
-    config = AutoConfig.from_pretrained(run / MODEL_CONFIG)
-    model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def _from_folder(folder: Path) -> SavedModel:

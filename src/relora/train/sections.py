@@ -14,6 +14,7 @@ from relora.train.methods import unknown_method
 
 Precision = Literal["auto", "fp32", "bf16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+NonFinitePolicy = Literal["stop", "skip", "rollback"]
 
 _FOLDER_NAME = re.compile(r"[\w.+=@-][\w.+=@ -]*")
 
@@ -146,11 +147,20 @@ class TrainConfig:
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    nonfinite: NonFinitePolicy = "stop"
+    """A loss or gradient that is not finite, whose update is never made: "stop", "skip" the step, or
+    "rollback" to the last good checkpoint and go on past the data since. May change when a run resumes."""
+    nonfinite_limit: int = 3
+    """"skip" stops after this many steps in a row, "rollback" after going back so often to one checkpoint."""
 
     def violations(self) -> list[str]:
         """Return what is wrong with these fields, in words."""
         counts = {"steps": self.steps, "tokens": self.tokens}
-        sizes = {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size}
+        sizes = {
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "nonfinite_limit": self.nonfinite_limit,
+        }
         given = [name for name, count in counts.items() if count is not None]
         problems = unmet(
             (len(given) < 2, "steps and tokens must not both be given: each decides the other"),

@@ -7,12 +7,62 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from relora.checkpoint.files import replace_folder
+from relora.checkpoint.rng import seed_rng_
+from relora.checkpoint.store import load_checkpoint
 from relora.data.prepare import PreparedData
+from relora.train.folders import empty_model
+from relora.train.guard import Past
+from relora.train.methods import load_method
+from relora.train.model import build_model
 from relora.train.parallel import Processes
-from relora.train.phase import PhaseName, free_gradients_
+from relora.train.phase import PhaseName, Plan, free_gradients_
+from relora.train.precision import Resolved, resolve_precision
+from relora.train.run_folder import OpenedRun, refuse_other_settings
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
-from relora.train.state import Progress, RunState
+from relora.train.state import Progress, RunState, SavedState, restore_state_
 from relora.train.training_method import TrainingMethod
+from relora.train.watch import RestartWatch
+
+
+def state_to_begin_with(
+    opened: OpenedRun, plan: Plan, data: PreparedData, here: Processes, past: Past | None
+) -> tuple[RunState, Resolved, str]:
+    """Build a run as it stands at its newest checkpoint, or as it begins.
+
+    Args:
+        opened: The run's folder, and the checkpoint.
+        plan: Its recipe and calendar.
+        data: What it trains on.
+        here: Decides the device.
+        past: What it has been through, where it went back to this checkpoint.
+
+    Returns:
+        The state, the precision to train in, and why that one, in words.
+
+    Raises:
+        CheckpointError: if the checkpoint is not this run's, or does not fit it.
+    """
+    recipe = opened.recipe
+    precision, why = resolve_precision(recipe.train.precision, here.device)
+    method = load_method(recipe.run.method)(plan)
+    if opened.resume_from is None:
+        seed_rng_(recipe.run.seed)  # so that what is saved of the streams is the run's, not the process's
+        state = build_state(build_model(method.model_recipe(data), data), method, here, low_rank=False)
+    else:
+        checkpoint = load_checkpoint(opened.resume_from)
+        saved = SavedState.of(checkpoint)
+        refuse_other_settings(opened, saved.recipe)
+        if recipe.train.precision == "auto":
+            precision, why = saved.precision, "as the run began"
+        # A run that goes on needs neither the checkpoint it was initialised from nor a network.
+        model = empty_model(opened.folder / MODEL_CONFIG, checkpoint.tensors["model"])
+        state = build_state(model, method, here, low_rank=saved.phase == "low_rank")
+        restore_state_(state, checkpoint, saved, fingerprint=data.fingerprint)
+    if past is not None:
+        state.progress.passed_batches = past.next_batch - (state.progress.step + 1)
+        state.progress.nonfinite_events = past.num_events
+    return state, precision, why
 
 
 def build_state(
@@ -37,6 +87,9 @@ def build_state(
         method=method,
         phase=phase,
         progress=Progress(),
+        watch=RestartWatch(
+            restart_every=recipe.relora.restart_every, rewarmup_steps=recipe.schedule.rewarmup_steps
+        ),
     )
     if phase == "full":
         method.attach(model, state.optimizer.adamw)
@@ -63,10 +116,21 @@ def at_low_rank(state: RunState) -> str:
 
 
 def save_model_files(run: Path, model: object, data: PreparedData) -> None:
-    """Put the model's configuration and the tokenizer into the run, so that it can be read by itself."""
+    """Put the model's configuration and the tokenizer into the run, so that it can be read by itself.
+
+    Each folder appears as a whole: a run killed here must not go on with half a tokenizer.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
     plain = cast(PreTrainedModel, model)
-    plain.config.save_pretrained(run / MODEL_CONFIG)
-    if plain.generation_config is not None:
-        plain.generation_config.save_pretrained(run / MODEL_CONFIG)
-    if not (run / TOKENIZER).exists():
-        shutil.copytree(data.tokenizer_folder, run / TOKENIZER)
+
+    def write_configs(folder: Path) -> None:
+        plain.config.save_pretrained(folder)
+        if plain.generation_config is not None:
+            plain.generation_config.save_pretrained(folder)
+
+    replace_folder(run / MODEL_CONFIG, write_configs)
+    replace_folder(
+        run / TOKENIZER, lambda folder: shutil.copytree(data.tokenizer_folder, folder, dirs_exist_ok=True)
+    )

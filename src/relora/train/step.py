@@ -1,13 +1,19 @@
-"""One optimizer step: micro batches forward and backward, the gradient's norm, the update."""
+"""One optimizer step: micro batches forward and backward, the gradient's norm, the update.
 
-from collections.abc import Callable
+An update from a loss or gradient that is not finite is not made. Ranks decide alike: the loss is summed over
+them before the decision, and the gradient whose norm is taken is the same on all. With the flags of pending
+requests that sum is the one collective of a step besides the gradients', and reading it the one wait for the
+device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from relora.errors import NonFiniteError
 from relora.method.seeds import derived_seed
 from relora.train.parallel import Processes
 from relora.train.phase import Optimizer
@@ -16,12 +22,18 @@ from relora.train.precision import Resolved, autocast
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step measured; tensors, so that only logging waits for the device."""
+    """What a step measured."""
 
-    loss: Tensor
-    """Mean loss of the step's tokens on this rank, float32, 0-d."""
-    grad_norm: Tensor
-    """Norm of the whole gradient before clipping, 0-d."""
+    loss: float
+    """Mean loss of the step's tokens over all ranks."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    is_applied: bool
+    """Whether the update was made; if not, weights and optimizer are bit for bit as before."""
+    micro_losses: tuple[Tensor, ...]
+    """Of this rank's micro batches, on the device."""
+    flags: tuple[bool, ...]
+    """Which of the flags given are set on any rank."""
 
 
 def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -42,8 +54,9 @@ def train_step_(
     precision: Resolved,
     clip_grad_norm: float,
     after_backward: Callable[[int], None] | None = None,
+    flags: Sequence[bool] = (),
 ) -> StepResult:
-    """Take one step on this rank's share of the batch.
+    """Take one step on this rank's share of the batch, unless loss or gradient is not finite.
 
     Args:
         model: What `Processes.wrap` returned.
@@ -56,15 +69,14 @@ def train_step_(
         precision: Of the matrix products.
         clip_grad_norm: Largest norm of the gradient; 0 does not clip.
         after_backward: Told of the step once its gradients are there; it may change them.
-
-    Raises:
-        NonFiniteError: if loss or gradient is not finite; weights and optimizer are then unchanged.
+        flags: What this rank wants the others to know.
     """
     model.train()
     torch.manual_seed(derived_seed(seed, "dropout", step, processes.rank))
     rows = batch.chunk(processes.world_size)[processes.rank]
     micro_batches = rows.split(micro_batch_size)
     total = torch.zeros((), device=processes.device)
+    micro_losses = []
     optimizer.adamw.zero_grad(set_to_none=True)
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
@@ -72,19 +84,24 @@ def train_step_(
             with autocast(precision, processes.device):
                 loss = language_loss(model, micro_batch.to(processes.device, non_blocking=True))
             (loss / len(micro_batches)).backward()
+        micro_losses.append(loss.detach())
         total += loss.detach() / len(micro_batches)
     if after_backward is not None:
         after_backward(step)
     norm = torch.nn.utils.clip_grad_norm_(
         (p for p in model.parameters() if p.requires_grad), clip_grad_norm or float("inf")
     )
-    if not bool(torch.isfinite(norm)):
-        raise NonFiniteError(
-            f"step {step}: loss {float(total):g}, gradient norm {float(norm):g}; no weight was changed. "
-            "Lower the learning rate, or lengthen the warm-up; the same command resumes the last checkpoint"
-        )
-    optimizer.adamw.step()
-    return StepResult(loss=total, grad_norm=norm)
+    mean_loss, grad_norm, agreed = processes.agree(total, norm, flags)
+    is_finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+    if is_finite:
+        optimizer.adamw.step()
+    return StepResult(
+        loss=mean_loss,
+        grad_norm=grad_norm,
+        is_applied=is_finite,
+        micro_losses=tuple(micro_losses),
+        flags=agreed,
+    )
 
 
 def _sync_on_last(processes: Processes, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:

@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from relora.checkpoint.store import load_checkpoint
 from relora.log.files import replacing
 from relora.method.linear import LoRALinear
 from relora.method.spectrum import function_weights, spectra
+from relora.train.folders import open_tokenizer
 from relora.train.generate import generate
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters, state_bytes
@@ -94,7 +95,7 @@ def _weights_at_switch(checkpoint: Path, layers: dict[str, LoRALinear]) -> dict[
 
 
 def _sample(opened: OpenedRun, state: RunState) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(opened.folder / TOKENIZER)
+    tokenizer = open_tokenizer(opened.folder / TOKENIZER)
     model = cast(PreTrainedModel, state.model)
     room = model.config.max_position_embeddings - 1
     return generate(

@@ -2,90 +2,77 @@
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from relora.checkpoint.store import load_checkpoint, retire
 from relora.data.batches import TokenBatches
 from relora.data.prepared import PreparedData
+from relora.errors import NonFiniteError
 from relora.method.restart_report import RestartReport
 from relora.train.evaluate import evaluate
-from relora.train.methods import load_method
-from relora.train.model import build_model
+from relora.train.guard import Guard, Past
+from relora.train.memory import memory_errors
 from relora.train.parallel import Processes
 from relora.train.phase import Plan
-from relora.train.precision import resolve_precision
 from relora.train.reporting import Reporter
+from relora.train.result import TrainResult
 from relora.train.run_folder import OpenedRun
-from relora.train.saved import empty_model
-from relora.train.setup import at_low_rank, build_state, save_model_files
-from relora.train.signals import StopRequest
-from relora.train.state import restore_state_, save_state
+from relora.train.saving import Saver
+from relora.train.setup import at_low_rank, save_model_files, state_to_begin_with
+from relora.train.signals import Requests, stop_signal
 from relora.train.step import StepResult, train_step_
 from relora.train.summary import peak_memory_bytes, summarise
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """How a call of `fit` ended."""
-
-    folder: Path
-    summary: dict[str, Any]
-    """As summary.json; empty if training was stopped before its last step."""
-    exit_code: int
-    """0, or 130 or 143 after SIGINT or SIGTERM."""
-    was_finished: bool = False
-    """Whether there was nothing left to train."""
-
-
 class Trainer:
-    """One run, from where it is to its end."""
+    """One run, from where it is to its end; `past` is what it has been through if it went back."""
 
-    def __init__(self, opened: OpenedRun, data: PreparedData, here: Processes, request: StopRequest) -> None:
-        self.opened, self.data, self.here, self.request = opened, data, here, request
+    def __init__(
+        self, opened: OpenedRun, data: PreparedData, here: Processes, requests: Requests, past: Past | None
+    ) -> None:
+        self.opened, self.data, self.here, self.requests = opened, data, here, requests
         self.recipe = recipe = opened.recipe
         self.plan = Plan(recipe=recipe)
-        checkpoint = load_checkpoint(opened.resume_from) if opened.resume_from else None
-        self.precision, why = resolve_precision(recipe.train.precision, here.device)
-        if checkpoint is not None and recipe.train.precision == "auto":
-            self.precision, why = checkpoint.state["precision"], "as the run began"
-        is_low_rank = checkpoint is not None and checkpoint.state["phase"] == "low_rank"
-        # A run that goes on needs neither the checkpoint it was initialised from nor a network.
-        method = load_method(recipe.run.method)(self.plan)
-        model = empty_model(opened.folder) if checkpoint else build_model(method.model_recipe(data), data)
-        self.state = build_state(model, method, here, low_rank=is_low_rank)
-        if checkpoint is not None:
-            restore_state_(self.state, checkpoint, fingerprint=data.fingerprint)
-        left_out = method.catch_up()
+        with memory_errors(recipe, None, "the model"):
+            self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
+        left_out = self.state.method.catch_up()
         self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
+        self.guard = Guard(opened, data, self.batches, here, self.state.progress)
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
+        self.saver = Saver(opened, self.plan, here, self.reporter, precision=self.precision)
         if left_out is not None:
             self._count_restart(left_out)
             self.reporter.step(left_out)
 
     def run(self) -> TrainResult:
-        """Train to the last step, or until asked to stop; both leave a checkpoint."""
+        """Train to the last step, or until asked to stop; both leave a checkpoint.
+
+        Raises:
+            RollBack: if the run goes back to its last checkpoint.
+        """
         begun, before_s = time.perf_counter(), self.state.progress.wall_s
-        progress = self.state.progress
+        progress, plan = self.state.progress, self.plan
         with ExitStack() as stack:
             stack.callback(self.reporter.close)
+            stack.callback(self.saver.abandon)
             if self.opened.resume_from is None:
                 self._begin()
             for step in range(progress.step + 1, self.recipe.total_steps + 1):
-                if self.plan.switch_step == step - 1:
+                if plan.switch_step == step - 1:
                     self._switch()
-                restart = self._step(step)
+                with memory_errors(self.recipe, self.state, f"step {step}"):
+                    flags = self._step(step)
                 progress.wall_s = before_s + time.perf_counter() - begun
-                self.reporter.step(restart)
-                stopping = self.here.any(self.request.signal_number is not None)
-                is_due = self._is_due(step, self.recipe.checkpoint.every)
-                if is_due or stopping or step == self.plan.switch_step:
-                    self._save()
-                if stopping and step < self.recipe.total_steps:
-                    return self._stopped()
+                self.saver.check()
+                stop = stop_signal(flags)
+                save_due = self._is_due(step, self.recipe.checkpoint.every) or step == plan.switch_step
+                if save_due or stop is not None or flags[-1]:
+                    self._save(wait=stop is not None)
+                if stop is not None and step < self.recipe.total_steps:
+                    return self._stopped(stop)
+            self.reporter.effect(self.state.watch.conclude())
+            self.saver.finish()
             progress.wall_s = before_s + time.perf_counter() - begun
         return self._finish()
 
@@ -95,13 +82,14 @@ class Trainer:
         if self.plan.switch_step == 0:
             self._save()  # the rank that a cold start learns is measured against these weights
 
-    def _step(self, step: int) -> RestartReport | None:
-        recipe, state = self.recipe, self.state
+    def _step(self, step: int) -> tuple[bool, ...]:
+        """Take a step, restart and measure where that is due; return what the ranks were asked for."""
+        recipe, state, progress = self.recipe, self.state, self.state.progress
         state.optimizer.set_multiplier_(self.plan.multiplier(step))
         result = train_step_(
             self.wrapped,
             state.optimizer,
-            self.batches.batch(step, batch_size=recipe.train.batch_size),
+            self.batches.batch(step + progress.passed_batches, batch_size=recipe.train.batch_size),
             self.here,
             step=step,
             seed=recipe.run.seed,
@@ -109,25 +97,41 @@ class Trainer:
             precision=self.precision,
             clip_grad_norm=recipe.optim.clip_grad_norm,
             after_backward=state.method.after_backward,
+            flags=self.requests.take() if self.here.world_size > 1 else (),
         )
-        restart = state.method.after_step(step)
+        self._count(step, result)
+        try:
+            restart = state.method.after_step(step)
+        except NonFiniteError as error:
+            raise self.guard.not_finite(step, error) from error
         if restart is not None:
             self._count_restart(restart)
-        state.progress.step = step
-        state.progress.tokens += recipe.tokens_per_step
+        progress.step = step
+        progress.tokens += recipe.tokens_per_step
         self._record(step, result)
-        return restart
+        self.reporter.step(restart)
+        # Alone, what came in during the step counts too; among others, what all of them know.
+        return result.flags if self.here.world_size > 1 else self.requests.take()
+
+    def _count(self, step: int, result: StepResult) -> None:
+        """Add the step's loss to those that are waiting to be logged, unless the step was refused."""
+        progress = self.state.progress
+        if not result.is_applied:
+            self.reporter.say(self.guard.step_not_finite(step, result))
+            self.state.method.step_refused(step)
+            return
+        progress.nonfinite_in_row = 0
+        progress.loss_sum += result.loss
+        progress.loss_steps += 1
+        self.reporter.effect(self.state.watch.loss(step, result.loss))
 
     def _record(self, step: int, result: StepResult) -> None:
-        """Count the step's loss, and measure and log where that is due."""
-        progress = self.state.progress
-        progress.loss_sum += float(self.here.sum(result.loss.double())) / self.here.world_size
-        progress.loss_steps += 1
+        """Measure and log where that is due."""
         is_evaluated = self._is_due(step, self.recipe.eval.every) or step == self.plan.switch_step
         if is_evaluated:
             self._evaluate(step)
         if is_evaluated or step == 1 or self._is_due(step, self.recipe.log.every):
-            self.reporter.record(grad_norm=float(result.grad_norm), is_evaluated=is_evaluated)
+            self.reporter.record(grad_norm=result.grad_norm, is_evaluated=is_evaluated)
 
     def _evaluate(self, step: int) -> None:
         progress = self.state.progress
@@ -151,24 +155,24 @@ class Trainer:
 
     def _count_restart(self, restart: RestartReport) -> None:
         self.state.progress.restarts = restart.restart_index
+        self.reporter.effect(self.state.watch.restarted(restart.step))
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.recipe.total_steps or (every > 0 and step % every == 0)
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         progress = self.state.progress
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.here.device))
-        if self.here.is_main:
-            root = self.opened.checkpoints
-            save_state(root, self.state, precision=self.precision, fingerprint=self.data.fingerprint)
-            retire(root, keep_last=self.recipe.checkpoint.keep_last, keep_steps={self.plan.switch_step or 0})
-        self.here.barrier()
+        try:
+            self.saver.save(self.state, fingerprint=self.data.fingerprint, wait=wait)
+        except NonFiniteError as error:
+            raise self.guard.not_finite(progress.step, error) from error
 
-    def _stopped(self) -> TrainResult:
+    def _stopped(self, number: int) -> TrainResult:
         self.reporter.say(
             f"stopped after step {self.state.progress.step}; the same command resumes {self.opened.folder}"
         )
-        return TrainResult(folder=self.opened.folder, summary={}, exit_code=self.request.exit_code)
+        return TrainResult(folder=self.opened.folder, summary={}, exit_code=128 + number)
 
     def _finish(self) -> TrainResult:
         summary: dict[str, Any] = {}

@@ -3,6 +3,7 @@
     build_optimizer, attach        when a phase begins (and when a checkpoint of it is opened)
     switch_                        at the end of the warm start
     after_backward                 in every step, between the gradients and their clipping
+    step_refused                   where a step was not finite, before its after_step
     after_step                     in every step, after the update and before logs and checkpoints
     state_dict, load_state_dict    in checkpoints, beside the model's, the optimizer's and the random states
 
@@ -51,6 +52,9 @@ class TrainingMethod:
     def after_backward(self, step: int) -> None:
         """See, and change, the gradients of a step before they are clipped."""
 
+    def step_refused(self, step: int) -> None:
+        """Take note that a step was not finite and so not taken; `after_step` follows all the same."""
+
     def after_step(self, step: int) -> RestartReport | None:
         """Do what follows the update of a step; return the report of a restart if there was one."""
 
@@ -80,6 +84,8 @@ class Restarting(LowRank):
     """Factors that are merged and begun anew at the ends of cycles."""
 
     restarter: ReLoRA | None = None
+    _was_taken: bool = True
+    """Whether the step that `after_step` is told of was taken."""
 
     def attach(self, model: nn.Module, optimizer: TorchOptimizer) -> None:
         """Make what restarts an injected model; before the switch there is none."""
@@ -93,13 +99,23 @@ class Restarting(LowRank):
             last_restart=self.plan.last_restart,
         )
 
+    def step_refused(self, step: int) -> None:
+        """Remember it, so that what was observed of the step moves nothing."""
+        del step
+        self._was_taken = False
+
     def after_step(self, step: int) -> RestartReport | None:
         """Restart at the end of a cycle.
 
         Raises:
             OptimizerResetError: if the reset did not do what it reports, or the cycle trained nothing.
         """
-        return None if self.restarter is None else refuse_dead_cycle(self.restarter.after_step(step))
+        if self.restarter is None:
+            return None
+        was_taken, self._was_taken = self._was_taken, True
+        report = self.restarter.after_step(step, was_taken=was_taken)
+        # A cycle whose last steps were not taken may be still.
+        return refuse_dead_cycle(report) if was_taken else report
 
     def catch_up(self) -> RestartReport | None:
         """As `ReLoRA.catch_up`."""

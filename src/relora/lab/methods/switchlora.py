@@ -22,7 +22,7 @@ from torch.optim import Optimizer as TorchOptimizer
 from relora.lab.methods.counted import CountedRestarts
 from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import SwitchOptions
-from relora.method.factor_init import FACTOR_INITS
+from relora.method.factor_init import FACTOR_INITS, Draw
 from relora.method.inject import lora_parameters
 from relora.method.linear import LoRALinear
 from relora.method.restart_report import RestartReport
@@ -126,7 +126,7 @@ class SwitchLoRA(CountedRestarts):
             count = int(wanted) + int(float(torch.rand((), generator=generator)) < wanted % 1)
             if count:
                 chosen = torch.randperm(self.recipe.relora.rank, generator=generator)[:count]
-                self._switch_vectors_(layer, chosen, generator)
+                self._switch_vectors_(layer, chosen, step)
         return None
 
     def expected_switches(self, step: int) -> float:
@@ -138,7 +138,7 @@ class SwitchLoRA(CountedRestarts):
         return self.recipe.relora.rank / options.interval * decay
 
     @torch.no_grad()
-    def _switch_vectors_(self, layer: LoRALinear, chosen: Tensor, generator: torch.Generator) -> None:
+    def _switch_vectors_(self, layer: LoRALinear, chosen: Tensor, step: int) -> None:
         options = self.recipe.options
         assert isinstance(options, SwitchOptions) and self.optimizer is not None
         chosen = chosen.to(layer.weight.device)
@@ -148,8 +148,14 @@ class SwitchLoRA(CountedRestarts):
             delta = layer.fixed_scaling * layer.lora_B[rows][:, chosen].to(dtype) @ rows_of_a
             layer.write_master_rows_(rows, layer.master_rows(rows).to(dtype) + delta)
         layer.claim_residual_()
-        draw = FACTOR_INITS[layer.config.factor_init].draw
-        layer.lora_A[chosen] = draw(len(chosen), layer.in_features, generator).to(layer.lora_A)
+        drawn = Draw(
+            rank=len(chosen),
+            in_features=layer.in_features,
+            seed=self.recipe.run.seed,
+            restart_index=step,
+            name=layer.name,
+        )
+        layer.lora_A[chosen] = FACTOR_INITS[layer.config.factor_init].draw(drawn).to(layer.lora_A)
         layer.lora_B[:, chosen] = 0
         for factor, along in ((layer.lora_A, 0), (layer.lora_B, 1)):
             state = self.optimizer.state[factor]

@@ -1,0 +1,44 @@
+"""`relora doctor [RECIPE]`: find trouble before hour one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
+from relora.cli.output import print_json, stdout_for_result
+from relora.train.config import Recipe
+from relora.train.recipe_io import load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments(VerbArguments):
+    """Check versions, devices, precision, determinism and disk, and take one step of a recipe.
+
+    The exit code is 0 if nothing is broken; otherwise that of the first thing that is (2 configuration, 3
+    data, 4 disk, 5 not finite, 1 anything else). Warnings do not count. Only prepared data is kept.
+    """
+
+    recipe: RecipeName = "quickstart"
+    """Name of a shipped recipe, a TOML file, or a run's folder."""
+    settings: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
+        default_factory=Recipe
+    )
+
+
+def run(words: Sequence[str]) -> int:
+    """Examine, and say what was found."""
+    others, overrides = split_settings(words)
+    default = DoctorArguments(settings=recipe_for_help(others))
+    arguments = parse(DoctorArguments, others, verb="doctor", default=default)
+    recipe = load_recipe(arguments.recipe, overrides)
+    with stdout_for_result(only_json=arguments.json):
+        from relora.train.doctor import as_result, examine
+
+        findings = examine(recipe)
+    if arguments.json:
+        print_json(as_result(findings))
+    else:
+        print("\n".join(f"{each.verdict:<8}{each.check}: {each.said}" for each in findings))
+    return next((each.exit_code for each in findings if each.verdict == "broken"), 0)
