@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -58,15 +57,6 @@ def test_train_help_imports_nothing_heavy():
     assert shown.returncode == 0
     assert "tyro" in imported
     assert not imported & set(HEAVY)
-
-
-def test_train_help_answers_in_half_a_second():
-    def duration() -> float:
-        begun = time.perf_counter()
-        relora("train", "--help")
-        return time.perf_counter() - begun
-
-    assert any(duration() < 0.5 for _ in range(10)), "other work on the machine may slow some tries, not all"
 
 
 def test_train_help_shows_every_field_with_its_help(capsys):
