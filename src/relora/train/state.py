@@ -111,6 +111,11 @@ def restore_state_(state: RunState, checkpoint: LoadedCheckpoint, *, fingerprint
             f"the data of this run has changed since step {checkpoint.step} (then "
             f"{saved['fingerprint']}, now {fingerprint}): put it back, or begin a new run with --run.name"
         )
+    if "method" not in saved:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} was written by an earlier version of relora, which "
+            "kept the method's state in another form: go on with that version, or begin a new run"
+        )
     try:
         state.model.load_state_dict(checkpoint.tensors["model"])
     except RuntimeError as error:
