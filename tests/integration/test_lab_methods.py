@@ -1,6 +1,8 @@
 """The laboratory's methods in the trainer: each trains, resumes bit for bit, and does what its name says."""
 
 import json
+import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 
 import relora.lab.methods  # noqa: F401
-from relora.checkpoint.store import load_checkpoint
-from relora.errors import ConfigError
+from relora.checkpoint.store import load_checkpoint, save_checkpoint
+from relora.cli.arguments import split_settings
+from relora.errors import CheckpointError, ConfigError
 from relora.train import fit as fit_module
 from relora.train.evaluate import evaluate_path
 from relora.train.fit import fit
+from relora.train.recipe_io import load_recipe, recipe_toml, resolve
 from relora.train.trainer import Trainer
 from tiny_run import tiny_recipe
 
@@ -197,3 +201,34 @@ def test_switched_vectors_are_counted(train):
 def test_wrong_settings_of_a_method_are_named(tmp_path, method, changes, complaint):
     with pytest.raises(ConfigError, match=complaint):
         tiny_recipe(tmp_path, run={"method": method}, **changes)
+
+
+def test_settings_of_a_method_are_read_from_the_command_line():
+    words = ["--run.method", "relora-as-published", "--relora.rank", "3"]
+    words += ["--method.defects", "late_merge", "native_merge"]
+    others, overrides = split_settings([*words, "--method.refresh_every=7"])
+    assert others == [] and overrides["method"].pop("refresh_every") == 7
+    recipe = load_recipe("quickstart", {**overrides, "relora": {"factors": "both", "reset": "zero"}})
+    assert recipe.options.defects == ("late_merge", "native_merge")
+    assert resolve(tomllib.loads(recipe_toml(recipe))) == recipe
+
+
+def test_another_method_on_top_of_a_recipe_leaves_the_first_ones_settings_behind(tmp_path):
+    first = tomllib.loads(recipe_toml(tiny(tmp_path, "galore")))
+    assert first["method"]["refresh_every"] == 3
+    assert resolve(first, {"run": {"method": "lora"}}).run.method == "lora"
+    assert resolve(first, {"run": {"method": "galore"}}).options.refresh_every == 3
+
+
+def test_checkpoint_of_an_earlier_version_is_refused_in_words(train, tmp_path):
+    whole = train("relora")
+    recipe = tiny(train.root, "relora", run={"name": whole.name, "out": str(tmp_path)})
+    fit(recipe)
+    folder = recipe.run.folder
+    (folder / "summary.json").unlink()
+    last = load_checkpoint(folder / "checkpoints" / "step-00000012")
+    state = {key: value for key, value in last.state.items() if key != "method"}
+    shutil.rmtree(folder / "checkpoints")
+    save_checkpoint(folder / "checkpoints", step=9, tensors=last.tensors, state=state, description={})
+    with pytest.raises(CheckpointError, match="earlier version"):
+        fit(recipe)

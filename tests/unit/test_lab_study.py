@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from relora.errors import ConfigError
+from relora.lab.cell_files import CellFiles
 from relora.lab.choice import Tried, beyond, choose
 from relora.lab.gather import thinned
 from relora.lab.plan import Outcome, Planner, predicted
@@ -339,3 +340,32 @@ def test_thinned_curves_keep_their_end_and_their_mean():
     assert len(thin) == 50 and thin[-1][0] == 999.0
     assert all(value == 0.5 for _, value in thin)
     assert thinned(points[:5], most=50) == points[:5]
+
+
+# Cells that ended without finishing
+
+
+def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_again(tmp_path):
+    study = study_of(SMALL)
+    cell = study.cell(
+        study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=tmp_path
+    )
+    files = CellFiles(cell)
+    files.beside(".log").write_text("step 3\nrelora: step 4: loss nan; no weight was changed\nlast words\n")
+    assert files.outcome() is None
+    failed = files.note_end(3)
+    assert not failed.is_final and "exit code 3: step 4: loss nan" in failed.failure
+    assert files.outcome() is None
+    diverged = files.note_end(5)
+    assert diverged.is_final and diverged.loss == math.inf and files.outcome() == diverged
+
+
+def test_a_summary_whose_loss_is_not_finite_counts_as_diverged(tmp_path):
+    study = study_of(SMALL)
+    cell = study.cell(
+        study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=tmp_path
+    )
+    files = CellFiles(cell)
+    files.run.mkdir()
+    (files.run / "summary.json").write_text('{"eval/loss": NaN}')
+    assert files.outcome().failure.startswith("diverged")

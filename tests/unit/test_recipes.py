@@ -213,7 +213,12 @@ def test_section_given_as_a_value_is_refused():
         ("optim", "lr", float("nan"), "optim.lr must be a finite number, not nan"),
         ("optim", "lr", 10**400, "optim.lr must be a finite number, not 1000"),
         ("optim", "betas", [0.9], "optim.betas must be a list of 2, each a finite number, not [0.9]"),
-        ("run", "method", "relo", 'run.method must be one of "full", "lora", "relora", not \'relo\''),
+        (
+            "run",
+            "method",
+            "relo",
+            'run.method must be one of "full", "lora", "relora"',
+        ),  # and what is registered
         ("run", "name", 3, "run.name must be a text, not 3"),
         ("run", "out", 3, "run.out must be a path, not 3"),
         ("run", "name", "\udc80", "run.name must be a text, not '\\udc80'"),

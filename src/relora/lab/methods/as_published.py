@@ -19,11 +19,18 @@ from torch import nn
 from relora.errors import ConfigError
 from relora.lab.methods.counted import CountedRestarts
 from relora.lab.methods.options import AsPublishedOptions, Defect
-from relora.method.linear import LoRALinear, lora_layers
-from relora.method.merge import LayerMerge, MergeReport, merge_, reinit_
-from relora.method.reset import ResetReport, reset_optimizer_state_
-from relora.method.restart_report import RestartReport
-from relora.method.seeds import derived_seed
+from relora.train.method_parts import (
+    LayerMerge,
+    LoRALinear,
+    MergeReport,
+    ResetReport,
+    RestartReport,
+    derived_seed,
+    lora_layers,
+    merge_,
+    reinit_,
+    reset_optimizer_state_,
+)
 from relora.train.training_method import refuse_dead_cycle
 
 PUBLISHED_RATIO = 0.999

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from relora.data.prepared import PreparedData
 from relora.errors import ConfigError
 from relora.lab.methods.options import ControlOptions
 from relora.train.architecture import ModelConfig, llama_config
 from relora.train.config import Recipe
+from relora.train.method_parts import PreparedData
 from relora.train.phase import inject_factors, num_parameters
 from relora.train.training_method import TrainingMethod
 

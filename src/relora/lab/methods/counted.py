@@ -7,8 +7,7 @@ from torch import nn
 from torch.optim import Optimizer as TorchOptimizer
 
 from relora.errors import CheckpointError
-from relora.method.inject import lora_parameters
-from relora.method.linear import LoRALinear, lora_layers
+from relora.train.method_parts import LoRALinear, lora_layers, lora_parameters
 from relora.train.phase import Plan
 from relora.train.training_method import LowRank
 

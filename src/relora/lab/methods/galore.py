@@ -16,8 +16,7 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import GaLoreOptions
-from relora.method.seeds import derived_generator
-from relora.method.targets import choose_targets
+from relora.train.method_parts import choose_targets, derived_generator
 from relora.train.phase import Optimizer, PhaseName, method_config
 from relora.train.training_method import TrainingMethod
 

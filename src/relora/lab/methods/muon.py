@@ -9,7 +9,7 @@ from torch.optim import AdamW, Muon
 
 from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import MuonOptions
-from relora.method.targets import choose_targets
+from relora.train.method_parts import choose_targets
 from relora.train.phase import Optimizer, PhaseName, method_config
 from relora.train.training_method import TrainingMethod
 

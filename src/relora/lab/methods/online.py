@@ -6,10 +6,14 @@ where the learning rate drops, the moments are reset as the [relora] section say
 
 from relora.lab.methods.counted import CountedRestarts
 from relora.lab.methods.options import OnlineOptions
-from relora.method.merge import merge_, reinit_
-from relora.method.reset import ResetReport, reset_optimizer_state_
-from relora.method.restart_report import RestartReport
-from relora.method.seeds import derived_seed
+from relora.train.method_parts import (
+    ResetReport,
+    RestartReport,
+    derived_seed,
+    merge_,
+    reinit_,
+    reset_optimizer_state_,
+)
 from relora.train.training_method import refuse_dead_cycle
 
 

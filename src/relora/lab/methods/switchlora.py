@@ -22,11 +22,14 @@ from torch.optim import Optimizer as TorchOptimizer
 from relora.lab.methods.counted import CountedRestarts
 from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import SwitchOptions
-from relora.method.factor_init import FACTOR_INITS, Draw
-from relora.method.inject import lora_parameters
-from relora.method.linear import LoRALinear
-from relora.method.restart_report import RestartReport
-from relora.method.seeds import derived_generator
+from relora.train.method_parts import (
+    FACTOR_INITS,
+    Draw,
+    LoRALinear,
+    RestartReport,
+    derived_generator,
+    lora_parameters,
+)
 from relora.train.phase import Optimizer, PhaseName, Plan, parameter_groups
 
 
