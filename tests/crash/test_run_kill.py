@@ -9,7 +9,7 @@ from killing import PLACES, Trial, Victims
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL are not there")
 
-RANDOM_POINTS = 8
+RANDOM_POINTS = 5
 
 
 @pytest.fixture(scope="module")
