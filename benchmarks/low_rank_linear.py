@@ -2,8 +2,10 @@
 
     python benchmarks/low_rank_linear.py [--json FILE] [--hidden 256 512 1024 2048] [--rounds 12]
 
-One thread; the variants take turns within a round, and ratios are of their medians (and of their minima,
-which other programs on the machine disturb less). Beside each ratio stands its limit, the ratio of FLOPs.
+One thread, and its CPU seconds, so that time in which other programs have the core does not count (on an
+idle machine they are the wall clock's). The variants take turns within a round; ratios are of medians, and
+of minima, which a shared cache disturbs less. Beside each ratio stands its limit, the ratio of FLOPs.
+
 Bytes kept for the backward, a token, are counted on the layer alone, its parameters left out; at full rank
 and on the factored path under autocast they include a bfloat16 copy of weight and factors.
 """
@@ -64,14 +66,14 @@ def one_step(layer: nn.Module, x: Tensor, grad: Tensor, *, autocast: bool) -> No
 
 
 def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each, measured in turns after two rounds that do not count."""
+    """Return the CPU seconds of each, measured in turns after two rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 2):
         for name, step in steps.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             step()
             if index >= 2:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(time.process_time() - begun)
     return times
 
 

@@ -56,6 +56,13 @@ def device_bytes(store: dict[str, Any]) -> float:
     return held / 256**2
 
 
+def rounding(store: dict[str, Any]) -> float:
+    """Return the relative error of a Gaussian base as stored."""
+    layer = build(store, hidden=256, rank=8)
+    exact = layer.master_rows(EVERYTHING)
+    return float((layer.weight_rows(EVERYTHING) - exact).norm() / exact.norm())
+
+
 def survival(store: dict[str, Any], *, size: float, merges: int = 20) -> dict[str, float]:
     """Return which share of `merges` deltas the exact base has, and one coded from its codes would have."""
     layer = build(store, hidden=256, rank=8)
@@ -128,6 +135,7 @@ def main() -> None:
     reduced = {name: store for name, store in stores.items() if store}
     facts = {
         "bytes a frozen weight on the device": {n: round(device_bytes(s), 4) for n, s in stores.items()},
+        "relative error of the base as stored": {n: round(rounding(s), 5) for n, s in reduced.items()},
         "share of 20 merged deltas that the exact base has (here), or its own codes would (naive)": {
             f"{name}, delta {size:g} of W": survival(store, size=size)
             for name, store in reduced.items()

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from method_samples import LAYER_KINDS, as_rows, linear, max_difference, numpy64, train_factors_
 from reference import low_rank
 from relora import ConfigError, LoRALinear, ReLoRAConfig, inject, merge_and_reinit_
-from relora.method.forward import InputCasts, effective_flops, effective_linear, factored_flops, least_tokens
+from relora.method.casts import InputCasts
+from relora.method.forward import effective_flops, effective_linear, factored_flops, least_tokens
 
 Path = Literal["auto", "factored", "effective"]
 PATHS: tuple[Path, ...] = ("factored", "effective")

@@ -40,12 +40,12 @@ def test_a_compiled_model_is_not_compiled_again_and_its_outputs_follow_the_merge
     assert len(compilations) == compiled_once
 
 
-def train_on_a_rank(rank, folder, dtype, path):
+def train_on_a_rank(rank, folder, dtype, settings):
     """Train on this rank's own half of every batch, restarting on the calendar; save what came of it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    config = dataclasses.replace(CONFIG, forward=path)
+    config = dataclasses.replace(CONFIG, **settings)
     loop = Loop(config, tiny_model(dtype), wrap=DistributedDataParallel)
     whole_loss, wrapper, trail = loop.loss, loop.called, []
 
@@ -64,12 +64,17 @@ def train_on_a_rank(rank, folder, dtype, path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "path"),
-    [(torch.float32, "factored"), (torch.float32, "effective"), (torch.bfloat16, "auto")],
+    ("dtype", "settings"),
+    [
+        (torch.float32, {"forward": "factored"}),
+        (torch.float32, {"forward": "effective"}),
+        (torch.float32, {"base_dtype": "int8", "master": "host"}),
+        (torch.bfloat16, {}),
+    ],
 )
-def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype, path):
+def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype, settings):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train_on_a_rank, (folder, dtype, path), nprocs=2)
+        mp.spawn(train_on_a_rank, (folder, dtype, settings), nprocs=2)
         ranks = [torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1)]
     (trail, everything, loss), (other_trail, other_everything, other_loss) = ranks
     for ours, theirs in zip(trail, other_trail, strict=True):
@@ -78,7 +83,7 @@ def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype, path):
     assert loss == other_loss
     if dtype == torch.bfloat16:
         return  # its rounding turns the sign of small gradients, which Adam makes whole steps of
-    one_process = Loop(CONFIG, tiny_model(dtype))
+    one_process = Loop(dataclasses.replace(CONFIG, **settings), tiny_model(dtype))
     one_process.run(1, 10)
     # The mean of two half-batch gradients is the whole batch's to rounding, which Adam hardly amplifies here.
     for name, value in one_process.model.named_parameters():

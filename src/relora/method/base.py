@@ -176,10 +176,14 @@ class FrozenBase(nn.Module):
         is_on_host = self.config.master == "host" and not self.weight.is_meta
         device = torch.device("cpu") if is_on_host else self.weight.device
         residual = self._master.new_residual(self._plain_shape, device=device)
-        if residual is not None and is_on_host and self.weight.device.type == "cuda":
-            residual = residual.pin_memory()  # so that copies to and from the device are asynchronous
         self._host_residual = residual if is_on_host else None
         self.weight_residual = None if is_on_host else residual
+        self._pin_host_residual_()
+
+    def _pin_host_residual_(self) -> None:
+        """Pin what a GPU reads from the host, so that copies to and from it are asynchronous."""
+        if self._host_residual is not None and self.weight.device.type == "cuda":
+            self._host_residual = self._host_residual.pin_memory()
 
     def _clear_residual_(self) -> None:
         """Make the weight exact as it stands, in place."""
@@ -217,6 +221,7 @@ class FrozenBase(nn.Module):
         kept = (self.weight_residual, self.weight_scale)
         super()._apply(keeping(fn, wide=kept, same=(self.weight,) if is_fixed else ()), recurse)  # type: ignore[no-untyped-call]
         self._plain_dtype = plain.dtype
+        self._pin_host_residual_()
         with torch.no_grad():
             if value is not None:
                 self._rewrite_master_(value.to(self.weight.device))

@@ -18,12 +18,13 @@ under bfloat16 autocast that is what full-rank training does to its float32 weig
 has no lower bits, so there an entry of the delta shows once it exceeds half a step of its weight's entry.
 """
 
-import weakref
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from relora.method.casts import InputCasts, compute_dtype
 
 
 class Decoder(Protocol):
@@ -31,13 +32,6 @@ class Decoder(Protocol):
 
     def decode(self, stored: Tensor, scale: Tensor, *, columns: int, dtype: torch.dtype) -> Tensor:
         """Return (rows, columns) values of the rows stored, in `dtype`."""
-
-
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """Return the dtype a layer's products run in: autocast's where it is on, the input's elsewhere."""
-    kind = input.device.type
-    is_cast = input.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if is_cast else input.dtype
 
 
 def factored_flops(tokens: int, *, out_features: int, in_features: int, rank: int, one_sided: bool) -> int:
@@ -71,7 +65,7 @@ def effective_linear(
     *base: Tensor,
     decoder: Decoder | None = None,
     is_transposed: bool = False,
-    casts: "InputCasts | None" = None,
+    casts: InputCasts | None = None,
 ) -> Tensor:
     """Return x (W + s B A)^T + bias; differentiable in all but the base.
 
@@ -115,37 +109,6 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: 
     assert bias is not None
     flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
     return flat.view(*x.shape[:-1], weight.shape[1])
-
-
-class InputCasts:
-    """Casts an input once for all layers that are given it one after the other (q, k, v; gate, up).
-
-    Under autocast each of them would make, and keep for its backward, a copy of its own. The last cast is
-    remembered weakly: it lives as long as some layer keeps it. It counts for the very tensor it was made of,
-    unwritten since, in the same grad mode.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
-
-    def __call__(self, input: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `input` in `dtype`."""
-        is_inference = torch.is_inference_mode_enabled() or input.is_inference()
-        if torch.compiler.is_compiling() or is_inference:
-            return input.to(dtype)  # the compiler sees equal casts by itself; inference keeps nothing
-        needs_grad = input.requires_grad and torch.is_grad_enabled()
-        if self._last is not None:
-            source, version, made = self._last[0](), self._last[1], self._last[2]()
-            is_current = source is input and version == input._version
-            if made is not None and is_current and made.dtype == dtype and made.requires_grad == needs_grad:
-                return made
-        made = input.to(dtype)
-        self._last = (weakref.ref(input), input._version, weakref.ref(made))
-        return made
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        """Copy and pickle it as a new one."""
-        return type(self), ()
 
 
 class EffectiveLinear(torch.autograd.Function):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from relora.errors import ConfigError
+from relora.method.casts import InputCasts
 from relora.method.codecs import base_codec
 from relora.method.config import ReLoRAConfig
-from relora.method.forward import InputCasts
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import merge_
 from relora.method.targets import LeftAlone, TargetChoice, choose_targets

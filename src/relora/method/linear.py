@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from relora.errors import ConfigError
 from relora.method.base import FrozenBase
+from relora.method.casts import InputCasts, compute_dtype
 from relora.method.codecs import BaseCodec
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS, Draw
 from relora.method.forward import (
-    InputCasts,
-    compute_dtype,
     effective_linear,
     frozen_linear,
     least_tokens,

@@ -14,6 +14,7 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from relora.method.config import ReLoRAConfig
 from relora.method.inject import InjectReport, inject, lora_parameters
+from relora.method.linear import LoRALinear
 from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
 
@@ -169,8 +170,10 @@ def free_gradients_(model: nn.Module) -> None:
 
 
 def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """Count a model's parameters, or those of them that train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    """Count a model's parameters, or those of them that train; a base held as codes counts its weights."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    layers = [] if trainable else [module for module in model.modules() if isinstance(module, LoRALinear)]
+    return count + sum(m.out_features * m.in_features - m.weight.numel() for m in layers)
 
 
 def state_bytes(optimizer: TorchOptimizer) -> int:
