@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from relora.data.prepare import PreparedData
 from relora.method.inject import InjectReport
+from relora.method.targets import choose_targets
 from relora.train.parallel import Processes
-from relora.train.phase import Plan, build_optimizer, free_gradients_, inject_factors
+from relora.train.phase import Plan, build_optimizer, free_gradients_, inject_factors, method_config
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
 from relora.train.state import Progress, RunState
 
@@ -23,8 +24,13 @@ def build_state(model: PreTrainedModel, plan: Plan, here: Processes, *, low_rank
         plan: The run's recipe and calendar.
         here: Decides the device.
         low_rank: Whether the factors are in already, as in a checkpoint taken after the switch.
+
+    Raises:
+        ConfigError: if the switch, however far away, could not put factors into this model.
     """
     recipe = plan.recipe
+    if plan.switch_step is not None:
+        choose_targets(model, method_config(recipe))
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     cast(nn.Module, model).to(here.device)
