@@ -77,6 +77,11 @@ def _begin(recipe: Recipe, folder: Path) -> OpenedRun:
     return OpenedRun(folder=folder, recipe=recipe, resume_from=None, notes=())
 
 
+def _has_never_begun(folder: Path) -> bool:
+    """Tell whether a recipe is all there is: its data or its model was refused, and there is nothing to keep."""
+    return [path.name for path in folder.iterdir()] == [RECIPE]
+
+
 def _reopen(recipe: Recipe, folder: Path) -> OpenedRun:
     before = load_recipe(folder)
     changes = {
@@ -84,7 +89,7 @@ def _reopen(recipe: Recipe, folder: Path) -> OpenedRun:
         for name, values in changed_fields(before, recipe).items()
         if name.partition(".")[0] not in _FREE_SECTIONS and name not in _FREE_FIELDS
     }
-    if changes:
+    if changes and not _has_never_begun(folder):
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
         raise ConfigError(
             f"{folder} holds a run of another recipe ({listed}). Give the same settings to resume it, "
