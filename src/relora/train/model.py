@@ -50,6 +50,9 @@ def load_pretrained(origin: str) -> PreTrainedModel:
         ConfigError: if it does not load.
     """
     folder = Path(origin).expanduser()
+    looks_like_path = origin.startswith((".", "/", "~")) or origin.count("/") > 1
+    if looks_like_path and not folder.exists():
+        raise ConfigError(f"model {folder} does not exist: check model.init_from (taken from {Path.cwd()})")
     _refuse_factors(folder)
     try:
         with warnings.catch_warnings():
