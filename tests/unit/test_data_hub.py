@@ -193,5 +193,5 @@ def test_a_split_of_datasets_saved_to_disk_is_read(tmp_path):
     datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
     prepared = prepare(hub(tmp_path, str(tmp_path / "saved"), split="extra"))
     assert all_documents(prepared) == sorted(TEXTS)
-    with pytest.raises(DataError, match="'nope'.*cannot be loaded: .*train, extra"):
+    with pytest.raises(DataError, match=r"'nope'.*cannot be loaded: .*train, extra"):
         prepare(hub(tmp_path, str(tmp_path / "saved"), split="nope"))

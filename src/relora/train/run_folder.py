@@ -78,7 +78,7 @@ def _begin(recipe: Recipe, folder: Path) -> OpenedRun:
 
 
 def _has_never_begun(folder: Path) -> bool:
-    """Tell whether a recipe is all there is: its data or its model was refused, and there is nothing to keep."""
+    """Tell whether a recipe is all there is: its data or model was refused, and nothing is to be kept."""
     return [path.name for path in folder.iterdir()] == [RECIPE]
 
 
