@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora.errors import ConfigError
+from relora.train.model import num_positions
 from relora.train.saved import load_saved
 
 
@@ -51,11 +52,11 @@ def generate(
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         ids = [tokenizer.eos_token_id]
-    room = model.config.max_position_embeddings - max_new_tokens
-    if len(ids) > room:
+    positions = num_positions(model)
+    if positions is not None and len(ids) + max_new_tokens > positions:
         raise ConfigError(
             f"generate: the prompt's {len(ids)} tokens and {max_new_tokens} new ones do not fit the model's "
-            f"{model.config.max_position_embeddings} positions: shorten one of them"
+            f"{positions} positions: shorten one of them"
         )
     was_training = model.training
     model.eval()

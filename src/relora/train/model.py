@@ -30,7 +30,7 @@ def build_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     if recipe.model.init_from is not None:
         model = load_pretrained(recipe.model.init_from)
         data.check_fits(cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = num_positions(model)
         if positions is not None and recipe.data.seq_len > positions:
             raise ConfigError(
                 f"data.seq_len must be at most the {positions} positions of model.init_from "
@@ -41,6 +41,11 @@ def build_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(recipe.run.seed, "initial weights"))
         return LlamaForCausalLM(config)
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence a model is declared for; None where its configuration sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def load_pretrained(origin: str) -> PreTrainedModel:
