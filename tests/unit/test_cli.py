@@ -1,9 +1,9 @@
 """The command line: help without torch, settings over recipes, a message and exit code for each mistake."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -61,12 +61,19 @@ def test_train_help_imports_nothing_heavy():
 
 
 def test_train_help_answers_in_half_a_second():
-    def duration() -> float:
-        begun = time.perf_counter()
-        relora("train", "--help")
-        return time.perf_counter() - begun
+    """Counted in the command's own processor time: nothing in it waits, and other work does not enter."""
 
-    assert any(duration() < 0.5 for _ in range(10)), "other work on the machine may slow some tries, not all"
+    def duration() -> float:
+        before = os.times()
+        relora("train", "--help")
+        after = os.times()
+        children = (
+            after.children_user - before.children_user,
+            after.children_system - before.children_system,
+        )
+        return sum(children)
+
+    assert min(duration() for _ in range(3)) < 0.5
 
 
 def test_train_help_shows_every_field_with_its_help(capsys):
@@ -216,6 +223,11 @@ def test_result_is_lined_up_for_people(capsys):
     ]
 
 
+def test_characters_that_act_on_a_terminal_are_spelled_out(capsys):
+    print_result({"sample": "red \x1b[31m\u202eand\nmore"}, as_json=False)
+    assert capsys.readouterr().out == "sample  red \\x1b[31m\\u202eand\\nmore\n"
+
+
 def test_stdout_is_left_alone_without_json(capsys):
     with stdout_for_result(only_json=False):
         print("seen")
@@ -284,6 +296,8 @@ def test_missing_folder_is_named(words, code, wanted, capsys):
         (["eval", "x", "--optim.lr", "3"], "optim.lr has no effect here: only [data] has"),
         (["eval", "x", "--data.seqlen", "3"], "(did you mean 'data.seq_len'?)"),
         (["generate", "x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "x", "--prompt", "\udcff"], "prompt must be a text"),
+        (["eval", "x", "--sequences", "0"], "sequences must be at least 1, not 0"),
         (["generate", "x", "--max-new-tokens", "many"], "--max_new_tokens"),
         (["export", "x"], "OUT"),
         (["export", "x", "y", "--step", "-3"], "--step must be at least 0, not -3"),
