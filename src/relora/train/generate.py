@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.errors import ConfigError
-from relora.train.model import num_positions
+from relora.errors import ConfigError, DataError
+from relora.train.model import num_embeddings, num_positions
 from relora.train.saved import load_saved
 
 
@@ -52,6 +52,11 @@ def generate(
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         ids = [tokenizer.eos_token_id]
+    if max(ids) >= num_embeddings(model):
+        raise DataError(
+            f"generate: the tokenizer gives token id {max(ids)}, but the model has {num_embeddings(model)} "
+            "embeddings: it is not the tokenizer that the model was made with"
+        )
     positions = num_positions(model)
     if positions is not None and len(ids) + max_new_tokens > positions:
         raise ConfigError(
