@@ -15,25 +15,25 @@ from relora.train.recipe_io import write_recipe
 from tiny_run import tiny_recipe
 
 
-def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> None:
+def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> subprocess.CompletedProcess[str]:
     write_recipe(recipe, path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "relora", "train", str(path)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     alone = fit(recipe).folder
     both = replace(recipe, run=replace(recipe.run, name="both"))
-    train_under_torchrun(both, tmp_path / "both.toml", processes=2)
+    done = train_under_torchrun(both, tmp_path / "both.toml", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     folder = both.run.folder
     assert json.loads((folder / "summary.json").read_text())["world_size"] == 2
     for left, right in zip(
@@ -48,3 +48,12 @@ def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
         for path in (alone, folder)
     ]
     assert restarts[0] == restarts[1] == [6, 8, 10]
+
+
+def test_mistake_that_one_process_finds_is_said_by_all_without_a_traceback(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, data={"vocab_size": 5000})
+    done = train_under_torchrun(recipe, tmp_path / "mistake.toml", processes=2)
+    for rank in (0, 1):
+        assert f"[rank {rank}] relora: the training text supports a vocabulary of" in done.stderr
+        assert f"[rank{rank}]: Traceback" not in done.stderr
+    assert "failed (exitcode: 3)" in done.stderr
