@@ -16,7 +16,8 @@ from relora.train.recipe_io import write_recipe
 from tiny_run import tiny_recipe
 
 
-def torchrun(path: Path, *, processes: int) -> subprocess.CompletedProcess[str]:
+def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> subprocess.CompletedProcess[str]:
+    write_recipe(recipe, path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return subprocess.run(
@@ -28,17 +29,12 @@ def torchrun(path: Path, *, processes: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> None:
-    write_recipe(recipe, path)
-    done = torchrun(path, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     alone = fit(recipe).folder
     both = replace(recipe, run=replace(recipe.run, name="both"))
-    train_under_torchrun(both, tmp_path / "both.toml", processes=2)
+    done = train_under_torchrun(both, tmp_path / "both.toml", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     folder = both.run.folder
     assert json.loads((folder / "summary.json").read_text())["world_size"] == 2
     for left, right in zip(
@@ -58,9 +54,17 @@ def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
 def test_a_run_that_is_in_use_is_refused_by_every_rank_in_words(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     recipe.run.folder.mkdir(parents=True)
-    write_recipe(recipe, tmp_path / "both.toml")
     with folder_lock(recipe.run.folder, doing="training"):
-        done = torchrun(tmp_path / "both.toml", processes=2)
+        done = train_under_torchrun(recipe, tmp_path / "both.toml", processes=2)
     assert done.returncode != 0
     for rank in (0, 1):
         assert f"[rank {rank}] relora: cannot write in {recipe.run.folder}" in done.stderr
+
+
+def test_mistake_that_one_process_finds_is_said_by_all_without_a_traceback(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, data={"vocab_size": 5000})
+    done = train_under_torchrun(recipe, tmp_path / "mistake.toml", processes=2)
+    for rank in (0, 1):
+        assert f"[rank {rank}] relora: the training text supports a vocabulary of" in done.stderr
+        assert f"[rank{rank}]: Traceback" not in done.stderr
+    assert "failed (exitcode: 3)" in done.stderr

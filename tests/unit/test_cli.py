@@ -206,6 +206,11 @@ def test_result_is_lined_up_for_people(capsys):
     ]
 
 
+def test_characters_that_act_on_a_terminal_are_spelled_out(capsys):
+    print_result({"sample": "red \x1b[31m\u202eand\nmore"}, as_json=False)
+    assert capsys.readouterr().out == "sample  red \\x1b[31m\\u202eand\\nmore\n"
+
+
 def test_stdout_is_left_alone_without_json(capsys):
     with stdout_for_result(only_json=False):
         print("seen")
@@ -274,6 +279,8 @@ def test_missing_folder_is_named(words, code, wanted, capsys):
         (["eval", "x", "--optim.lr", "3"], "optim.lr has no effect here: only [data] has"),
         (["eval", "x", "--data.seqlen", "3"], "(did you mean 'data.seq_len'?)"),
         (["generate", "x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "x", "--prompt", "\udcff"], "prompt must be a text"),
+        (["eval", "x", "--sequences", "0"], "sequences must be at least 1, not 0"),
         (["generate", "x", "--max-new-tokens", "many"], "--max_new_tokens"),
         (["export", "x"], "OUT"),
         (["export", "x", "y", "--step", "-3"], "--step must be at least 0, not -3"),

@@ -178,3 +178,20 @@ def test_invalid_utf8_of_a_dataset_meets_the_same_policy(tmp_path):
     prepared = prepare(hub(tmp_path, str(root)))
     assert prepared.counts["invalid_utf8_replaced"] == 1
     assert f"{root} row 41" in prepared.notes[0]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_saved_to_disk_is_read(tmp_path, streaming):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    prepared = prepare(hub(tmp_path, str(tmp_path / "saved"), streaming=streaming))
+    assert all_documents(prepared) == sorted(TEXTS)
+
+
+def test_a_split_of_datasets_saved_to_disk_is_read(tmp_path):
+    splits = {"train": ["other"], "extra": TEXTS}
+    saved = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    prepared = prepare(hub(tmp_path, str(tmp_path / "saved"), split="extra"))
+    assert all_documents(prepared) == sorted(TEXTS)
+    with pytest.raises(DataError, match=r"'nope'.*cannot be loaded: .*train, extra"):
+        prepare(hub(tmp_path, str(tmp_path / "saved"), split="nope"))

@@ -189,6 +189,11 @@ def test_key_in_the_wrong_section_names_the_right_one():
     assert "train.seq_len is not a known key (did you mean 'data.seq_len'?)" in message
 
 
+def test_unknown_key_like_no_other_is_told_the_keys_of_its_section():
+    message = complaint({"optim": {"learning_rate": 1.0}})
+    assert "optim.learning_rate is not a known key; [optim] has lr, low_rank_lr, factor_lr, betas," in message
+
+
 def test_unknown_section_names_the_nearest_one():
     assert "[optin] is not a known section (did you mean 'optim'?)" in complaint({"optin": {"lr": 1.0}})
 

@@ -8,6 +8,7 @@ import tyro
 
 from relora.cli.arguments import FolderPath, VerbArguments, parse, split_settings
 from relora.cli.output import print_result, stdout_for_result
+from relora.errors import ConfigError
 from relora.train.config import DataConfig
 from relora.train.recipe_io import typed_layer
 
@@ -31,6 +32,8 @@ def run(words: Sequence[str]) -> int:
     """Evaluate, and say the result."""
     others, overrides = split_settings(words)
     arguments = parse(EvalArguments, others, verb="eval")
+    if arguments.sequences is not None and arguments.sequences < 1:
+        raise ConfigError(f"eval: sequences must be at least 1, not {arguments.sequences}")
     data = typed_layer(overrides, only="data")
     with stdout_for_result(only_json=arguments.json):
         from relora.train.evaluate import evaluate_path

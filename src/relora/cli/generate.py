@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from relora.cli.arguments import FolderPath, VerbArguments, parse
 from relora.cli.output import print_json, stdout_for_result
 from relora.errors import ConfigError
-from relora.train.checks import unmet
+from relora.train.checks import type_problems, unmet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class GenerateArguments(VerbArguments):
 
     def violations(self) -> list[str]:
         """Return what is wrong with these arguments, in words."""
-        return unmet(
+        return type_problems(self) or unmet(
             (self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}"),
             (
                 0 <= self.temperature < 100,

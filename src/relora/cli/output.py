@@ -83,4 +83,7 @@ def _shown(value: object) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value)) or "none"
-    return "none" if value is None or value == {} else str(value)
+    if value is None or value == {}:
+        return "none"
+    # A model's sample may hold an escape sequence, or turn the text around: neither may act on a screen.
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value))

@@ -229,14 +229,7 @@ class HubDataset:
         # Exception, around its calls only.
         try:
             datasets: Any = import_module("datasets")
-            dataset = datasets.load_dataset(
-                self.name,
-                self.config_name,
-                split=self.split,
-                revision=self.revision,
-                streaming=self.streaming,
-            )
-            tables = iter(dataset.with_format("arrow").iter(batch_size=ROWS))
+            tables = iter(self._dataset(datasets).with_format("arrow").iter(batch_size=ROWS))
         except Exception as error:
             raise DataError(
                 f"dataset {self.name!r} (name {self.config_name!r}, split {self.split!r}) cannot be loaded: "
@@ -252,3 +245,20 @@ class HubDataset:
             if table is None:
                 return
             yield table
+
+    def _dataset(self, datasets: Any) -> Any:
+        # What `save_to_disk` wrote is not for `load_dataset`.
+        if not any((Path(self.name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(
+                self.name,
+                self.config_name,
+                split=self.split,
+                revision=self.revision,
+                streaming=self.streaming,
+            )
+        saved = datasets.load_from_disk(self.name)
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if self.split not in saved:
+            raise ValueError(f"no such split; there are {', '.join(saved)}")
+        return saved[self.split]

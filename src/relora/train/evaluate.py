@@ -13,6 +13,7 @@ from torch import nn
 from relora.data.batches import heldout_batches
 from relora.data.config import DataConfig
 from relora.data.prepare import PreparedData, prepare
+from relora.train.model import check_fits
 from relora.train.parallel import Processes, processes
 from relora.train.precision import Resolved, autocast
 from relora.train.saved import load_saved
@@ -108,6 +109,7 @@ def evaluate_path(
     # The model's own tokenizer, never a newly trained one: its embeddings know no other.
     config = replace(base, **{"tokenizer": str(saved.tokenizer_folder), **(data or {})})
     prepared = prepare(config)
+    check_fits(saved.model, prepared, seq_len=config.seq_len, name=str(path))
     if sequences is None:
         recipe = saved.recipe
         sequences = len(prepared.heldout_tokens) if recipe is None else recipe.eval.sequences

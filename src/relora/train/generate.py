@@ -6,8 +6,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.errors import ConfigError
+from relora.errors import ConfigError, DataError
 from relora.train.folders import open_tokenizer
+from relora.train.model import num_embeddings, num_positions
 from relora.train.saved import load_saved
 
 
@@ -52,11 +53,16 @@ def generate(
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         ids = [tokenizer.eos_token_id]
-    room = model.config.max_position_embeddings - max_new_tokens
-    if len(ids) > room:
+    if max(ids) >= num_embeddings(model):
+        raise DataError(
+            f"generate: the tokenizer gives token id {max(ids)}, but the model has {num_embeddings(model)} "
+            "embeddings: it is not the tokenizer that the model was made with"
+        )
+    positions = num_positions(model)
+    if positions is not None and len(ids) + max_new_tokens > positions:
         raise ConfigError(
             f"generate: the prompt's {len(ids)} tokens and {max_new_tokens} new ones do not fit the model's "
-            f"{model.config.max_position_embeddings} positions: shorten one of them"
+            f"{positions} positions: shorten one of them"
         )
     was_training = model.training
     model.eval()

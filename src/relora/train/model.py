@@ -29,19 +29,39 @@ def build_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
         DataError: if the tokenizer has entries the checkpoint has no embedding for.
     """
     if recipe.model.init_from is not None:
-        model = load_pretrained(recipe.model.init_from, pickled_weights=recipe.model.pickled_weights)
-        data.check_fits(cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and recipe.data.seq_len > positions:
-            raise ConfigError(
-                f"data.seq_len must be at most the {positions} positions of model.init_from "
-                f"{recipe.model.init_from!r}, not {recipe.data.seq_len}"
-            )
+        origin = recipe.model.init_from
+        model = load_pretrained(origin, pickled_weights=recipe.model.pickled_weights)
+        check_fits(model, data, seq_len=recipe.data.seq_len, name=origin)
         return model
     config = llama_config(recipe.model, vocab_size=data.vocab_size, eos_token_id=data.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(recipe.run.seed, "initial weights"))
         return LlamaForCausalLM(config)
+
+
+def check_fits(model: PreTrainedModel, data: PreparedData, *, seq_len: int, name: str) -> None:
+    """Compare a model that was made elsewhere with the data it is to read.
+
+    Raises:
+        ConfigError: if sequences are longer than the model is declared for.
+        DataError: if the tokenizer has entries the model has no embedding for.
+    """
+    data.check_fits(num_embeddings(model))
+    positions = num_positions(model)
+    if positions is not None and seq_len > positions:
+        raise ConfigError(
+            f"data.seq_len must be at most the {positions} positions of {name!r}, not {seq_len}"
+        )
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return how many tokens a model knows."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence a model is declared for; None where its configuration sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def load_pretrained(origin: str, *, pickled_weights: bool = False) -> PreTrainedModel:
@@ -57,6 +77,9 @@ def load_pretrained(origin: str, *, pickled_weights: bool = False) -> PreTrained
         ConfigError: if it does not load, or must not be loaded.
     """
     folder = Path(origin).expanduser()
+    looks_like_path = origin.startswith((".", "/", "~")) or origin.count("/") > 1
+    if looks_like_path and not folder.exists():
+        raise ConfigError(f"model {folder} does not exist: check model.init_from (taken from {Path.cwd()})")
     has_safetensors = True
     try:
         if folder.is_dir():

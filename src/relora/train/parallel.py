@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -19,6 +20,8 @@ from relora.train.sections import Strategy
 
 Result = TypeVar("Result")
 
+_PATIENCE = timedelta(days=7)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
@@ -27,6 +30,8 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    patient_group: dist.ProcessGroup | None = None
+    """Waits as long as the main process takes, which may read and tokenise for hours."""
 
     @property
     def is_main(self) -> bool:
@@ -52,28 +57,24 @@ class Processes:
 
     def main_first(self, action: Callable[[], Result]) -> Result:
         """Do something on the main process, then on the others, which find its files."""
-        if self.is_main:
-            result = action()
-            self.barrier()
-            return result
-        self.barrier()
-        return action()
+        results: list[Result] = []
+        self.from_main(lambda: results.append(action()))
+        return results[0] if self.is_main else action()
 
     def from_main(self, action: Callable[[], Result]) -> Result:
-        """Do something on the main process alone, and hand its result to the others, or the error it met."""
+        """Do something on the main process alone, and hand its result, or its error, to the others."""
         if self.world_size == 1:
             return action()
-        outcome: list[tuple[Result | None, ReLoRAError | None] | None] = [None]
+        outcome: list[Result | ReLoRAError | None] = [None]
         if self.is_main:
             try:
-                outcome = [(action(), None)]
-            except ReLoRAError as error:
-                outcome = [(None, error)]
-        dist.broadcast_object_list(outcome, src=0)
-        result, refusal = outcome[0] or (None, None)
-        if refusal is not None:
-            raise refusal
-        return cast(Result, result)
+                outcome = [action()]
+            except ReLoRAError as error:  # told to all: peers left waiting would die of a broken connection
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self.patient_group)
+        if isinstance(outcome[0], ReLoRAError):
+            raise outcome[0]
+        return cast(Result, outcome[0])
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over ranks, in place."""
@@ -130,10 +131,12 @@ def processes(strategy: Strategy) -> Iterator[Processes]:
     device = torch.device("cuda", local) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
+    patient_group = None
     if world_size > 1:
         dist.init_process_group("nccl" if has_cuda else "gloo")
+        patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        yield Processes(rank=rank, world_size=world_size, device=device)
+        yield Processes(rank=rank, world_size=world_size, device=device, patient_group=patient_group)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -245,12 +245,14 @@ def _unknown_section(section: str, given: object) -> str:
 
 
 def _nearest_key(section: str, name: str) -> str:
-    """Hint at a key of the same section, or at one of the same or nearly the same name in any other."""
+    """Hint at a key of the same section, or one of nearly the same name in any other; else list them."""
     if section and (hint := nearest(name, field_types(SECTIONS[section]))):
         return hint.replace("mean '", f"mean '{section}.")
     homes = {field: known for known, kind in reversed(SECTIONS.items()) for field in field_types(kind)}
     close = difflib.get_close_matches(name, list(homes), n=1, cutoff=0.8)
-    return f" (did you mean '{homes[close[0]]}.{close[0]}'?)" if close else ""
+    if close:
+        return f" (did you mean '{homes[close[0]]}.{close[0]}'?)"
+    return f"; [{section}] has {', '.join(field_types(SECTIONS[section]))}" if section else ""
 
 
 def _taken_back(layer: Typed, below: Typed) -> Iterable[tuple[str, str]]:

@@ -180,10 +180,15 @@ def _begin(recipe: Recipe, folder: Path) -> OpenedRun:
     return OpenedRun(folder=folder, recipe=recipe, resume_from=None, notes=())
 
 
+def _has_never_begun(folder: Path) -> bool:
+    """Tell whether a recipe is all there is: its data or model was refused, and nothing is to be kept."""
+    return {path.name for path in folder.iterdir()} <= {RECIPE, LOCK_NAME}
+
+
 def _reopen(recipe: Recipe, folder: Path) -> OpenedRun:
     before = load_recipe(folder)
     changes = {name: values for name, values in changed_fields(before, recipe).items() if not _is_free(name)}
-    if changes:
+    if changes and not _has_never_begun(folder):
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
         raise ConfigError(
             f"{folder} holds a run of another recipe ({listed}). Give the same settings to resume it, "

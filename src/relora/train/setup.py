@@ -11,12 +11,13 @@ from relora.checkpoint.files import replace_folder
 from relora.checkpoint.rng import seed_rng_
 from relora.checkpoint.store import load_checkpoint
 from relora.data.prepare import PreparedData
+from relora.method.targets import choose_targets
 from relora.train.folders import empty_model
 from relora.train.guard import Past
 from relora.train.methods import load_method
 from relora.train.model import build_model
 from relora.train.parallel import Processes
-from relora.train.phase import PhaseName, Plan, free_gradients_
+from relora.train.phase import PhaseName, Plan, free_gradients_, method_config
 from relora.train.precision import Resolved, resolve_precision
 from relora.train.run_folder import OpenedRun, refuse_other_settings
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
@@ -75,8 +76,13 @@ def build_state(
         method: Of the run; it knows the recipe and the calendar.
         here: Decides the device.
         low_rank: Whether the factors are in already, as in a checkpoint taken after the switch.
+
+    Raises:
+        ConfigError: if the switch, however far away, could not put factors into this model.
     """
     recipe, plan = method.recipe, method.plan
+    if plan.switch_step is not None and recipe.spec.injects:
+        choose_targets(model, method_config(recipe))
     if recipe.train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     cast(nn.Module, model).to(here.device)

@@ -18,6 +18,7 @@ from relora.method.linear import LoRALinear
 from relora.method.spectrum import function_weights, spectra
 from relora.train.folders import open_tokenizer
 from relora.train.generate import generate
+from relora.train.model import num_positions
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters, state_bytes
 from relora.train.run_folder import SUMMARY, OpenedRun
@@ -97,12 +98,12 @@ def _weights_at_switch(checkpoint: Path, layers: dict[str, LoRALinear]) -> dict[
 def _sample(opened: OpenedRun, state: RunState) -> str:
     tokenizer = open_tokenizer(opened.folder / TOKENIZER)
     model = cast(PreTrainedModel, state.model)
-    room = model.config.max_position_embeddings - 1
+    positions = num_positions(model)
     return generate(
         model,
         tokenizer,
         prompt="",
-        max_new_tokens=min(_SAMPLE_TOKENS, room),
+        max_new_tokens=_SAMPLE_TOKENS if positions is None else min(_SAMPLE_TOKENS, positions - 1),
         temperature=0.8,
         seed=opened.recipe.run.seed,
     )

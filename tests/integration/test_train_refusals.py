@@ -1,0 +1,48 @@
+"""What cannot work is refused before the first step, and a run that never began is in nobody's way."""
+
+from pathlib import Path
+
+import pytest
+
+from relora.errors import ConfigError, DataError
+from relora.train.fit import fit
+from tiny_run import tiny_recipe
+
+
+def test_targets_that_match_nothing_are_refused_before_the_warm_start(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, relora={"targets": ["nothing*"]})
+    with pytest.raises(ConfigError, match="leave no linear layer to wrap"):
+        fit(recipe)
+    assert not (recipe.run.folder / "checkpoints").exists()
+    assert not (recipe.run.folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error"),
+    [({"data": {"vocab_size": 5000}}, DataError), ({"relora": {"targets": ["nothing*"]}}, ConfigError)],
+)
+def test_mended_recipe_begins_where_the_mistaken_one_never_did(
+    tmp_path: Path, mistake: dict[str, dict[str, object]], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        fit(tiny_recipe(tmp_path, **mistake))
+    assert fit(tiny_recipe(tmp_path, train={"steps": 7})).summary["steps"] == 7
+
+
+def test_logs_of_a_run_without_a_checkpoint_are_not_given_up_for_another_recipe(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe.run.folder.mkdir(parents=True)
+    with pytest.raises(DataError):
+        fit(tiny_recipe(tmp_path, data={"vocab_size": 5000}))
+    (recipe.run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match=r"data\.vocab_size was 5000, is 300"):
+        fit(recipe)
+    assert (recipe.run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_missing_model_folder_is_said_to_be_missing(tmp_path: Path) -> None:
+    fit(tiny_recipe(tmp_path, train={"steps": 7}))
+    origin = f"{tmp_path}/no/such/model"
+    changes = {"model": {"init_from": origin}, "data": {"tokenizer": str(tmp_path / "runs/tiny/tokenizer")}}
+    with pytest.raises(ConfigError, match="does not exist"):
+        fit(tiny_recipe(tmp_path, run={"name": "next"}, **changes))
