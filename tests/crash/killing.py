@@ -153,7 +153,7 @@ def differences(run: Path, whole: Path) -> list[str]:
 def timeless_progress(state: dict[str, Any]) -> dict[str, Any]:
     """Return the counters of a checkpoint's state without the seconds it took."""
     counters: dict[str, Any] = state["progress"]["dict"]
-    return {key: value for key, value in counters.items() if key != "wall_s"}
+    return {key: value for key, value in counters.items() if key not in ("wall_s", "peak_memory_bytes")}
 
 
 def last_checkpoint(run: Path) -> Path:
