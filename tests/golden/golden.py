@@ -6,6 +6,7 @@ records it anew, in curve.json beside this file. Do so only where a change is me
 say so in its commit.
 """
 
+import hashlib
 import json
 import platform
 import sys
@@ -65,11 +66,17 @@ def made_with() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's model: libraries choose their kernels, and so the order of sums, by it."""
+    """Return what tells one processor from another: libraries choose their kernels, and so the order of sums,
+    by it. Virtual machines share a model's name across generations, so its numbers and flags count too.
+    """
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    numbers = [said.get(key, "?") for key in ("cpu family", "model", "stepping")]
+    flags = hashlib.sha256(" ".join(sorted(said.get("flags", "").split())).encode()).hexdigest()[:8]
+    return f"{said['model name']} {'/'.join(numbers)} flags {flags}"
 
 
 def main() -> None:
