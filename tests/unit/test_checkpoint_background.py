@@ -85,4 +85,6 @@ def test_a_disk_that_hangs_ends_the_run_in_words_and_leaves_the_checkpoint_befor
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
     assert load_checkpoint(before).step == 1
     gate.set()
+    assert writer._thread is not None
+    writer._thread.join()
     writer.wait()
