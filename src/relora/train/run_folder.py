@@ -11,6 +11,7 @@ from pathlib import Path
 from relora.checkpoint.store import latest_valid
 from relora.errors import CheckpointError, ConfigError
 from relora.train.config import Recipe
+from relora.train.forking import fork_violations
 from relora.train.recipe_io import changed_fields, load_recipe, write_recipe
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, RECIPE, TOKENIZER
 
@@ -113,13 +114,12 @@ def _fork(recipe: Recipe, name: str, *, overwrite: bool) -> OpenedRun:
     newest, problems = latest_valid(source / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"--fork {name}: {source} has no valid checkpoint; {'; '.join(problems)}")
-    changes = [key for key in changed_fields(load_recipe(source), recipe) if key.startswith("model.")]
-    if changes:
-        raise ConfigError(
-            f"--fork {name}: a fork goes on with the same model; leave out {', '.join(changes)}"
-        )
+    if violations := fork_violations(load_recipe(source), recipe, newest):
+        raise ConfigError.from_violations(f"--fork {name}", violations)
     changed = replace(recipe, run=replace(recipe.run, name=name))
     folder = changed.run.folder
+    if folder.exists() and source.samefile(folder):
+        raise ConfigError(f"--fork {name}: the fork needs a name of its own")
     if folder.exists() and not overwrite:
         raise ConfigError(f"--fork {name}: {folder} exists; give another name, or --overwrite")
     if folder.exists():
