@@ -46,3 +46,11 @@ def test_missing_model_folder_is_said_to_be_missing(tmp_path: Path) -> None:
     changes = {"model": {"init_from": origin}, "data": {"tokenizer": str(tmp_path / "runs/tiny/tokenizer")}}
     with pytest.raises(ConfigError, match="does not exist"):
         fit(tiny_recipe(tmp_path, run={"name": "next"}, **changes))
+
+
+def test_small_run_is_not_said_to_have_no_parameters_or_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tiny_recipe(tmp_path, run={"method": "full"}, train={"steps": 3}))
+    shown = capsys.readouterr().err
+    assert "full: 24.9 k parameters, 3 steps" in shown and "0.0 M" not in shown

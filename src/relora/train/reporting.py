@@ -15,6 +15,7 @@ from relora.log.console import Console
 from relora.log.jsonl import JsonlSink, read_jsonl, record_step
 from relora.log.screen import last_screen
 from relora.log.sinks import Sink, make_sinks
+from relora.log.units import count
 from relora.method.restart_report import RestartReport
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters
@@ -70,11 +71,11 @@ class Reporter:
         """Say what will be trained, and when the restarts fall."""
         recipe, model = self._opened.recipe, self._state.model
         self.say(
-            f"{recipe.run.method}: {num_parameters(model) / 1e6:.1f} M parameters, {recipe.total_steps} "
+            f"{recipe.run.method}: {count(num_parameters(model))} parameters, {recipe.total_steps} "
             f"steps of {recipe.tokens_per_step} tokens, {precision}"
         )
         self.say(
-            f"data: {len(data.train_tokens) / 1e6:.1f} M training and {len(data.heldout_tokens) / 1e6:.2f} M "
+            f"data: {count(len(data.train_tokens))} training and {count(len(data.heldout_tokens))} "
             f"held-out tokens, {data.bytes_per_token:.2f} bytes each"
         )
         for step in self._plan.skipped_restarts:

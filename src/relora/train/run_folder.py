@@ -20,6 +20,7 @@ from relora.checkpoint.store import latest_valid
 from relora.errors import CheckpointError, ConfigError
 from relora.train.checks import field_types
 from relora.train.config import SECTIONS, Recipe
+from relora.train.forking import fork_violations
 from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, write_recipe
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, RECIPE, TOKENIZER
 
@@ -223,16 +224,13 @@ def _refuse_fork(recipe: Recipe, wanted: Recipe, *, overwrite: bool) -> None:
     source, folder, name = recipe.run.folder, wanted.run.folder, wanted.run.name
     if not (source / RECIPE).is_file():
         raise ConfigError(f"--fork {name}: there is no run in {source} to fork from")
-    changes = [key for key in changed_fields(load_recipe(source), recipe) if key.startswith("model.")]
-    if changes:
-        raise ConfigError(
-            f"--fork {name}: a fork goes on with the same model; leave out {', '.join(changes)}"
-        )
     if folder.exists() and source.samefile(folder):
         raise ConfigError(f"--fork {name}: the fork needs a name of its own")
     newest, problems = latest_valid(source / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"--fork {name}: {source} has no valid checkpoint; {'; '.join(problems)}")
+    if violations := fork_violations(load_recipe(source), recipe, newest):
+        raise ConfigError.from_violations(f"--fork {name}", violations)
     if (folder / RECIPE).is_file() and not overwrite:
         raise ConfigError(f"--fork {name}: {folder} exists; give another name, or --overwrite")
 
