@@ -145,6 +145,9 @@ class TrainConfig:
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at one time in the loss, so that (tokens, V) logits never do; none fits the
+    device, 0 takes them whole, as a model must whose loss is not the plain cross-entropy of its head."""
 
     def violations(self) -> list[str]:
         """Return what is wrong with these fields, in words."""
@@ -158,6 +161,10 @@ class TrainConfig:
                 (size is None or size >= 1, f"{name} must be at least 1, not {size}")
                 for name, size in (counts | sizes).items()
             ),
+        )
+        chunk = self.loss_chunk_tokens
+        problems += unmet(
+            (chunk is None or chunk >= 0, f"loss_chunk_tokens must be at least 0, or none, not {chunk}")
         )
         if min(sizes.values()) >= 1 and self.batch_size % self.micro_batch_size:
             problems.append(

@@ -4,13 +4,16 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from relora.checkpoint.store import load_checkpoint, retire
 from relora.data.batches import TokenBatches
 from relora.data.prepared import PreparedData
 from relora.method.restart_report import RestartReport
 from relora.train.evaluate import evaluate
+from relora.train.loss import TokenLoss
 from relora.train.model import build_model
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, refuse_dead_cycle
@@ -56,10 +59,12 @@ class Trainer:
         if checkpoint is not None:
             restore_state_(self.state, checkpoint, fingerprint=data.fingerprint)
         left_out = None if self.state.relora is None else self.state.relora.catch_up()
-        self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
+        self._wrap()
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
+        if self.loss.obstacle is not None:
+            self.reporter.say(f"the loss is not taken in chunks: {self.loss.obstacle}")
         if left_out is not None:
             self._count_restart(left_out)
             self.reporter.step(left_out)
@@ -129,7 +134,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         progress = self.state.progress
         progress.evaluated = evaluate(
-            self.state.model,
+            self.loss,
             self.data,
             self.here,
             seq_len=self.recipe.data.seq_len,
@@ -142,8 +147,13 @@ class Trainer:
 
     def _switch(self) -> None:
         report = at_low_rank(self.state, self.plan)
-        self.wrapped = self.here.wrap_for_training(self.state.model, compile_it=self.recipe.train.compile)
+        self._wrap()
         self.reporter.switched(report)
+
+    def _wrap(self) -> None:
+        train = self.recipe.train
+        self.loss = TokenLoss(cast(PreTrainedModel, self.state.model), chunk_tokens=train.loss_chunk_tokens)
+        self.wrapped = self.here.wrap_for_training(self.loss, compile_it=train.compile)
 
     def _count_restart(self, restart: RestartReport) -> None:
         refuse_dead_cycle(restart)
