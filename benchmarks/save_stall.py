@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from relora.data.prepare import prepare
+from relora.train.loss import TokenLoss
 from relora.train.parallel import processes
 from relora.train.phase import Plan
 from relora.train.recipe_io import load_recipe
@@ -105,7 +106,7 @@ def measured(folder: Path, blocks: int) -> dict[str, Any]:
 
 def step(state: Any, batch: torch.Tensor, here: Any, recipe: Any) -> None:
     train_step_(
-        state.model,
+        TokenLoss(state.model, chunk_tokens=None),
         state.optimizer,
         batch,
         here,

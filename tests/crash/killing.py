@@ -39,7 +39,7 @@ PLACES: dict[str, list[Any]] = {
     "in logging a restart": ["amend", "call", 1],
     "between backward and update": ["agree", "return", 8],
     "in an update": ["_fused_adam", "return", 7],
-    "in evaluation": ["language_loss", "call", 12],
+    "in evaluation": ["evaluate", "return", 2],
     "in writing the tokenizer": ["sync_file", "call", 2],
 }
 """Functions of the trainer in which a run is killed: entered or left, and for which time."""

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from relora.checkpoint.lock import folder_lock
 from relora.checkpoint.store import load_checkpoint, save_checkpoint
@@ -24,6 +25,7 @@ from relora.errors import CheckpointError, ConfigError, DataError, NonFiniteErro
 from relora.log.units import duration, size
 from relora.method.merge import merge_and_reinit_
 from relora.train.config import Recipe
+from relora.train.loss import TokenLoss
 from relora.train.memory import memory_errors
 from relora.train.methods import load_method
 from relora.train.model import build_model
@@ -185,9 +187,10 @@ def _step(
     precision, _ = resolve_precision(train.precision, here.device)
     state.progress.step += 1
     begun = time.perf_counter()
+    loss = TokenLoss(cast(PreTrainedModel, state.model), chunk_tokens=train.loss_chunk_tokens)
     with memory_errors(recipe, state, f"one step ({phase})"):
         result = train_step_(
-            here.wrap_for_training(state.model, compile_it=train.compile),
+            here.wrap_for_training(loss, compile_it=train.compile),
             state.optimizer,
             batches.batch(state.progress.step, batch_size=train.batch_size),
             here,

@@ -13,11 +13,11 @@ from torch import nn
 from relora.data.batches import heldout_batches
 from relora.data.config import DataConfig
 from relora.data.prepare import PreparedData, prepare
+from relora.train.loss import TokenLoss
 from relora.train.model import check_fits
 from relora.train.parallel import Processes, processes
 from relora.train.precision import Resolved, autocast
 from relora.train.saved import load_saved
-from relora.train.step import language_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: TokenLoss,
     data: PreparedData,
     processes: Processes,
     *,
@@ -64,8 +64,8 @@ def evaluate(
     """Measure a model on the first sequences of a split; ranks take batches in turn.
 
     Args:
-        model: Plain or injected, on this rank's device.
-        data: The tokens.
+        model: Around a plain or an injected model, on this rank's device.
+        data: Its held-out tokens.
         processes: This rank among its peers.
         seq_len: Tokens in a sequence; each predicts all but its first.
         batch_size: Sequences at once.
@@ -82,7 +82,7 @@ def evaluate(
         if index % processes.world_size != processes.rank:
             continue
         with autocast(precision, processes.device):
-            loss = language_loss(model, batch.to(processes.device))
+            loss = model(batch.to(processes.device))
         predicted = batch.shape[0] * (batch.shape[1] - 1)
         sums += torch.tensor([float(loss) * predicted, predicted], dtype=torch.float64, device=sums.device)
     model.train(was_training)
@@ -114,9 +114,11 @@ def evaluate_path(
         recipe = saved.recipe
         sequences = len(prepared.heldout_tokens) if recipe is None else recipe.eval.sequences
     batch_size = 8 if saved.recipe is None else saved.recipe.train.micro_batch_size
+    chunk_tokens = None if saved.recipe is None else saved.recipe.train.loss_chunk_tokens
     with processes("auto") as here:
+        cast(nn.Module, saved.model).to(here.device)
         result = evaluate(
-            cast(nn.Module, saved.model).to(here.device),
+            TokenLoss(saved.model, chunk_tokens=chunk_tokens),
             prepared,
             here,
             seq_len=config.seq_len,

@@ -152,6 +152,9 @@ class TrainConfig:
     "rollback" to the last good checkpoint and go on past the data since. May change when a run resumes."""
     nonfinite_limit: int = 3
     """"skip" stops after this many steps in a row, "rollback" after going back so often to one checkpoint."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at one time in the loss, so that (tokens, V) logits never do; none fits the
+    device, 0 takes them whole, as a model must whose loss is not the plain cross-entropy of its head."""
 
     def violations(self) -> list[str]:
         """Return what is wrong with these fields, in words."""
@@ -169,6 +172,10 @@ class TrainConfig:
                 (size is None or size >= 1, f"{name} must be at least 1, not {size}")
                 for name, size in (counts | sizes).items()
             ),
+        )
+        chunk = self.loss_chunk_tokens
+        problems += unmet(
+            (chunk is None or chunk >= 0, f"loss_chunk_tokens must be at least 0, or none, not {chunk}")
         )
         if min(sizes.values()) >= 1 and self.batch_size % self.micro_batch_size:
             problems.append(

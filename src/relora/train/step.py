@@ -36,12 +36,6 @@ class StepResult:
     """Which of the flags given are set on any rank."""
 
 
-def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean next-token loss of (B, T) token ids, in float32."""
-    loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    return loss.float()
-
-
 def train_step_(
     model: nn.Module,
     optimizer: Optimizer,
@@ -59,7 +53,7 @@ def train_step_(
     """Take one step on this rank's share of the batch, unless loss or gradient is not finite.
 
     Args:
-        model: What `Processes.wrap` returned.
+        model: A `TokenLoss`, as `Processes.wrap_for_training` returned it.
         optimizer: With the step's learning rates set.
         batch: (batch_size, seq_len) token ids, the same on every rank; each takes its rows.
         processes: This rank among its peers.
@@ -82,7 +76,7 @@ def train_step_(
         is_last = index == len(micro_batches) - 1
         with _sync_on_last(processes, model, is_last=is_last):
             with autocast(precision, processes.device):
-                loss = language_loss(model, micro_batch.to(processes.device, non_blocking=True))
+                loss: Tensor = model(micro_batch.to(processes.device, non_blocking=True))
             (loss / len(micro_batches)).backward()
         micro_losses.append(loss.detach())
         total += loss.detach() / len(micro_batches)

@@ -2,7 +2,9 @@
 
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from relora.data.batches import TokenBatches
 from relora.data.prepared import PreparedData
@@ -10,6 +12,7 @@ from relora.errors import NonFiniteError
 from relora.method.restart_report import RestartReport
 from relora.train.evaluate import evaluate
 from relora.train.guard import Guard, Past
+from relora.train.loss import TokenLoss
 from relora.train.memory import memory_errors
 from relora.train.parallel import Processes
 from relora.train.phase import Plan
@@ -35,11 +38,13 @@ class Trainer:
         with memory_errors(recipe, None, "the model"):
             self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
         left_out = self.state.method.catch_up()
-        self.wrapped = here.wrap_for_training(self.state.model, compile_it=recipe.train.compile)
+        self._wrap()
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
         self.guard = Guard(opened, data, self.batches, here, self.state.progress)
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
+        if self.loss.obstacle is not None:
+            self.reporter.say(f"the loss is not taken in chunks: {self.loss.obstacle}")
         self.saver = Saver(opened, self.plan, here, self.reporter, precision=self.precision)
         if left_out is not None:
             self._count_restart(left_out)
@@ -136,7 +141,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         progress = self.state.progress
         progress.evaluated = evaluate(
-            self.state.model,
+            self.loss,
             self.data,
             self.here,
             seq_len=self.recipe.data.seq_len,
@@ -150,8 +155,13 @@ class Trainer:
 
     def _switch(self) -> None:
         report = at_low_rank(self.state)
-        self.wrapped = self.here.wrap_for_training(self.state.model, compile_it=self.recipe.train.compile)
+        self._wrap()
         self.reporter.switched(report)
+
+    def _wrap(self) -> None:
+        train = self.recipe.train
+        self.loss = TokenLoss(cast(PreTrainedModel, self.state.model), chunk_tokens=train.loss_chunk_tokens)
+        self.wrapped = self.here.wrap_for_training(self.loss, compile_it=train.compile)
 
     def _count_restart(self, restart: RestartReport) -> None:
         self.state.progress.restarts = restart.restart_index
