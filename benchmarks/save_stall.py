@@ -23,6 +23,7 @@ import torch
 
 from relora.data.prepare import prepare
 from relora.train.loss import TokenLoss
+from relora.train.methods import load_method
 from relora.train.parallel import processes
 from relora.train.phase import Plan
 from relora.train.recipe_io import load_recipe
@@ -57,9 +58,9 @@ def measured(folder: Path, blocks: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"without": [], "background": [], "foreground": []}
     waits: dict[str, list[float]] = {"background": [], "foreground": []}
     with processes("auto") as here:
-        state = build_state(build_model(recipe, data), plan, here, low_rank=False)
-        at_low_rank(state, plan)
-        state.relora = None  # the calendar is not what is measured
+        method = load_method(recipe.run.method)(plan)
+        state = build_state(build_model(recipe, data), method, here, low_rank=False)
+        at_low_rank(state)
         batch = torch.randint(0, data.vocab_size, (recipe.train.batch_size, recipe.data.seq_len))
         savers = {}
         for kind in waits:
