@@ -1,13 +1,12 @@
 """`relora inspect`: what a run's folder holds, without training."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from relora.checkpoint.store import verify_checkpoint
 from relora.errors import ConfigError
 from relora.train.recipe_io import load_recipe
-from relora.train.run_folder import SUMMARY
+from relora.train.reporting import read_summary
 from relora.train.saved import CHECKPOINTS, RECIPE
 
 
@@ -24,7 +23,7 @@ def inspect_run(path: Path) -> dict[str, Any]:
     found = sorted(root.glob("step-*")) if root.is_dir() else []
     checkpoints = {folder.name: verify_checkpoint(folder) for folder in found}
     valid = [name for name, problems in checkpoints.items() if not problems]
-    summary = path / SUMMARY
+    summary = read_summary(path)
     return {
         "run": str(path),
         "method": recipe.run.method,
@@ -33,6 +32,6 @@ def inspect_run(path: Path) -> dict[str, Any]:
         "switch_step": recipe.switch_step,
         "newest_valid_checkpoint": valid[-1] if valid else None,
         "checkpoints": {name: problems or "valid" for name, problems in checkpoints.items()},
-        "is_finished": summary.is_file(),
-        "summary": json.loads(summary.read_text()) if summary.is_file() else None,
+        "is_finished": summary is not None,
+        "summary": summary,
     }

@@ -24,12 +24,15 @@ from relora.train.state import RunState
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a finished run, or None."""
+    """Return the summary of a finished run; None where there is none, or none that can be read."""
     path = folder / SUMMARY
     if not path.is_file():
         return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # damaged: the last checkpoint is what counts, and writes it anew
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
