@@ -1,6 +1,5 @@
 """`relora export`: a run's model, merged and plain, for everybody else's tools."""
 
-import json
 import tomllib
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from relora.checkpoint.export import export_folder
 from relora.errors import ConfigError
 from relora.train.folders import open_tokenizer
 from relora.train.recipe_io import recipe_toml
-from relora.train.run_folder import SUMMARY
+from relora.train.reporting import read_summary
 from relora.train.saved import load_saved
 
 
@@ -28,7 +27,9 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> Path:
     if saved.recipe is None or saved.run is None:
         raise ConfigError(f"export: {run} is a model folder already, not a run")
     tokenizer = open_tokenizer(saved.tokenizer_folder)
-    summary_file = saved.run / SUMMARY
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {"step": saved.step}
+    summary = read_summary(saved.run)
+    if summary is None or summary.get("steps") != saved.step:  # figures of the run's end are not this model's
+        assert saved.step is not None
+        summary = {"steps": saved.step, "tokens": saved.step * saved.recipe.tokens_per_step}
     card = model_card(tomllib.loads(recipe_toml(saved.recipe)), summary)
     return export_folder(saved.model, tokenizer, out, card=card)
