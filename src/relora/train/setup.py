@@ -26,7 +26,7 @@ def build_state(model: PreTrainedModel, plan: Plan, here: Processes, *, low_rank
     """
     recipe = plan.recipe
     if recipe.train.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing_(model)
     cast(nn.Module, model).to(here.device)
     phase = plan.phase(1)
     state = RunState(
@@ -39,6 +39,11 @@ def build_state(model: PreTrainedModel, plan: Plan, here: Processes, *, low_rank
     if low_rank:
         at_low_rank(state, plan)
     return state
+
+
+def enable_checkpointing_(model: PreTrainedModel) -> None:
+    """Let the model's layers recompute their activations in the backward pass."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def at_low_rank(state: RunState, plan: Plan) -> InjectReport:

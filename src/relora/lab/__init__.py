@@ -1,0 +1,1 @@
+"""The laboratory: methods to compare, and studies that compare them."""
