@@ -40,7 +40,7 @@ def recipe(**changes: Mapping[str, object]) -> Recipe:
             "preset": None,
             "hidden_size": 40,
             "intermediate_size": 72,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 2,
         },
         "data": {"vocab_size": V, "seq_len": T},
@@ -89,15 +89,14 @@ def measured(recipe: Recipe, *, low_rank: bool) -> dict[str, int]:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("low_rank", "factors", "train"),
+    ("low_rank", "factors", "train", "precision"),
     [
-        (False, "both", PLAIN),
-        (True, "both", {"micro_batch_size": 4}),
-        (True, "B", PLAIN),
-        (True, "B", CHECKPOINTING),
-        (False, "both", {"loss_chunk_tokens": 0}),
+        (False, "both", PLAIN, "bf16"),
+        (False, "both", {"loss_chunk_tokens": 0}, "fp32"),
+        (True, "both", {"micro_batch_size": 4}, "fp32"),
+        (True, "B", PLAIN, "bf16"),
+        (True, "B", CHECKPOINTING, "fp32"),
     ],
 )
 def test_what_is_foretold_is_what_training_holds(
@@ -130,7 +129,7 @@ def test_parameters_follow_the_shapes_of_a_7b_without_memory_for_it() -> None:
 
 def test_full_rank_costs_six_flops_a_weight_and_attention() -> None:
     told = footprint(recipe(), low_rank=False, precision="fp32")
-    h, f, layers = 40, 72, 3
+    h, f, layers = 40, 72, 2
     weights = layers * (4 * h * h + 3 * h * f) + V * h * (T - 1) / T  # the last token predicts nothing
     attention = layers * (4 + 10) * T * h  # two products forward, five in the fused backward
     assert told.flops_per_token == pytest.approx(6 * weights + attention, rel=1e-3)
@@ -147,7 +146,7 @@ def test_ddp_and_accumulation_hold_gradients_through_the_forward_pass() -> None:
 
 def test_methods_stand_side_by_side_and_a_warm_start_needs_full_ranks_memory() -> None:
     plan = plan_run(recipe(train={"micro_batch_size": 1}))
-    assert list(plan.methods) == list(METHODS) and plan.restarts == 3
+    assert list(plan.methods) == list(METHODS) and plan.restarts == 2
     full, lora, both, one_sided = plan.methods.values()
     assert lora.footprint == both.footprint
     assert one_sided.footprint.optimizer_bytes < both.footprint.optimizer_bytes
@@ -166,7 +165,7 @@ def test_a_rank_too_large_leaves_full_rank_planned() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("share", [0.85, 0.5, 0.25])
+@pytest.mark.parametrize("share", [0.85, 0.3])
 def test_settings_that_are_said_to_fit_do(share: float) -> None:
     planned = recipe(relora={"rank": 16})
     most = plan_run(planned).methods["full"].footprint.peak_bytes

@@ -35,8 +35,9 @@ def test_the_peak_is_the_most_at_one_time_and_knows_what_it_was_made_of() -> Non
 
 def test_tensors_from_before_are_counted_when_told_and_casts_of_parameters_apart() -> None:
     weight, other = torch.zeros(4, 4), torch.zeros(4)
+    view = weight.T
     with LiveBytes() as live:
-        live.count([weight, weight.T], "weights", are_parameters=True)
+        live.count([weight, view], "weights", are_parameters=True)
         live.label = "activations"
         cast, converted = weight.to(torch.bfloat16), other.to(torch.bfloat16)
         assert dict(live.bytes) == {"weights": 64, CAST: 32, "activations": 8}

@@ -22,6 +22,7 @@ _ATEN = torch.ops.aten
 # The CPU's fused attention takes the same first arguments as the GPU's, which alone the registry knows.
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
     _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _ATEN._scaled_dot_product_flash_attention
     ],

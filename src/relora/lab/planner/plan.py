@@ -151,7 +151,7 @@ class Planner:
     def phase(self, recipe: Recipe, *, low_rank: bool) -> Footprint:
         """Return the footprint of a phase; what makes no difference to it is not told apart."""
         method: Literal["full", "relora"] = "relora" if low_rank else "full"
-        section = recipe.relora if low_rank else ReLoRASection()
+        section = replace(recipe.relora, warm_start_steps=0) if low_rank else ReLoRASection()
         same = replace(recipe, run=replace(recipe.run, method=method), relora=section)
         if (same, low_rank) not in self._known:
             self._known[same, low_rank] = footprint(same, low_rank=low_rank, **self._options)
@@ -159,9 +159,13 @@ class Planner:
 
     def peak(self, recipe: Recipe) -> int:
         """Return the peak of a whole run: the larger of its phases'."""
-        switch = recipe.switch_step
-        phases = [False] if switch is None else [True] if switch == 0 else [True, False]
-        return max(self.phase(recipe, low_rank=low_rank).peak_bytes for low_rank in phases)
+        return max(self._peaks(recipe))
+
+    def _peaks(self, recipe: Recipe) -> Iterator[int]:
+        if recipe.switch_step != 0:
+            yield self.phase(recipe, low_rank=False).peak_bytes
+        if recipe.switch_step is not None:
+            yield self.phase(recipe, low_rank=True).peak_bytes
 
     def fitting(self, recipe: Recipe, memory_bytes: int) -> Settings | None:
         """Return the changes that make a run fit and cost least: first time, then quality.
@@ -182,17 +186,16 @@ class Planner:
         share = recipe.train.batch_size // self._devices
         choices = [rows for rows in range(given, 0, -1) if share % rows == 0]
 
-        def peak(rows: int) -> int:
-            return self.peak(with_settings(recipe, {"train.micro_batch_size": rows}))
+        def with_rows(rows: int) -> Recipe:
+            return with_settings(recipe, {"train.micro_batch_size": rows})
 
-        least = peak(1)
-        if least > memory_bytes:
+        if any(peak > memory_bytes for peak in self._peaks(with_rows(1))):  # the first that does decides
             return None
-        most = peak(given)
+        least, most = self.peak(with_rows(1)), self.peak(recipe)
         # The peak is the largest of several straight lines in the rows, so it lies below this one.
         for rows in choices:
             estimate = least if given == 1 else least + (most - least) * (rows - 1) / (given - 1)
-            if estimate <= memory_bytes and peak(rows) <= memory_bytes:
+            if estimate <= memory_bytes and self.peak(with_rows(rows)) <= memory_bytes:
                 return rows
         return 1
 
