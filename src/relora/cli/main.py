@@ -16,6 +16,7 @@ from relora.errors import CheckpointError, ConfigError, DataError, NonFiniteErro
 VERBS = {
     "train": "train a model by a recipe; the same command again resumes the run",
     "prepare": "read, tokenize and cache a recipe's data, without training",
+    "plan": "foretell a recipe's memory, FLOPs and length, before it runs",
     "eval": "measure held-out loss, perplexity and bits per byte of a run or a model",
     "generate": "continue a prompt with a run or a model",
     "export": "write a run's model as a folder that stock transformers loads",

@@ -37,6 +37,11 @@ class TokenLoss(nn.Module):
             weight = _head(model).weight
             self.chunk_tokens = chunk_tokens or auto_chunk_tokens(weight.shape[0], weight.device)
 
+    @property
+    def body(self) -> nn.Module:
+        """What gives the last hidden states."""
+        return _body(self.model)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean next-token loss of (B, T) token ids, in float32."""
         if not self.chunk_tokens:

@@ -84,7 +84,7 @@ def build_state(
     if plan.switch_step is not None and recipe.spec.injects:
         choose_targets(model, method_config(recipe))
     if recipe.train.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing_(model)
     cast(nn.Module, model).to(here.device)
     phase: PhaseName = "full" if plan.switch_step is None else "warm_start"
     state = RunState(
@@ -102,6 +102,11 @@ def build_state(
     if low_rank:
         at_low_rank(state)
     return state
+
+
+def enable_checkpointing_(model: PreTrainedModel) -> None:
+    """Let the model's layers recompute their activations in the backward pass."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def at_low_rank(state: RunState) -> str:

@@ -1,0 +1,175 @@
+"""A plan as a table for the terminal and as a bar chart."""
+
+from collections.abc import Callable
+from typing import TextIO
+
+from matplotlib.patches import Patch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from relora.lab.planner.plan import MethodPlan, RunPlan
+from relora.report.palette import INK, KIND_COLOURS, light
+from relora.report.svg import LEGEND, drawing_style, new_axes, to_svg
+
+_PLAIN_WIDTH = 110
+# kind -> its words; in the order of the table and of the chart's bars.
+KINDS = {
+    "weights": "weights",
+    "residual": "residual of a low-precision base",
+    "factors": "factors",
+    "optimizer": "optimizer states",
+    "gradients": "gradients",
+    "activations": "activations",
+    "casts": "weights in the products' dtype",
+    "loss": "head and loss",
+    "backward": "backward pass",
+}
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+Row = tuple[str, Callable[[MethodPlan], str]]
+
+
+def show_plan(plan: RunPlan, *, stream: TextIO) -> None:
+    """Print a plan: what is planned, the methods side by side, and what would make them fit."""
+    screen = Console(file=stream, highlight=False, markup=False, emoji=False)
+    if not stream.isatty():
+        screen = Console(
+            file=stream, highlight=False, markup=False, emoji=False, width=_PLAIN_WIDTH, color_system=None
+        )
+    screen.print(_heading(plan))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in plan.methods:
+        table.add_column(name, justify="right")
+    for words, value in _rows(plan):
+        table.add_row(words, *(value(method) for method in plan.methods.values()))
+    screen.print(table)
+    for line in _advice(plan):
+        screen.print(line, soft_wrap=True)
+
+
+def chart(plan: RunPlan) -> str:
+    """Draw what each method's peak is made of, as an SVG that stands on its own."""
+    unit, letters = _unit(max(method.warm_start_peak_bytes for method in plan.methods.values()))
+    with drawing_style(narrow=False):
+        axes = new_axes(width=760, height=110 + 46 * len(plan.methods), left=126, top=64)
+        for position, method in enumerate(plan.methods.values()):
+            left, parts = 0.0, method.footprint.peak_by_kind
+            for index, kind in enumerate(KINDS):
+                width = parts.get(kind, 0) / unit
+                colour = light(KIND_COLOURS[index % len(KIND_COLOURS)])
+                axes.barh(position, width, left=left, height=0.55, color=colour, alpha=1 - 0.4 * (index > 7))
+                left += width
+            peak = method.warm_start_peak_bytes / unit
+            axes.plot([peak, peak], [position - 0.36, position + 0.36], color=light(INK), linewidth=1.6)
+        if plan.memory_bytes is not None:
+            axes.axvline(plan.memory_bytes / unit, color=light(INK), linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(plan.methods)), labels=list(plan.methods))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"peak of a step, {letters}")
+        shown = [
+            kind for kind in KINDS if any(m.footprint.peak_by_kind.get(kind) for m in plan.methods.values())
+        ]
+        order = list(KINDS)
+        handles = [Patch(color=light(KIND_COLOURS[order.index(k) % len(KIND_COLOURS)])) for k in shown]
+        axes.legend(
+            handles,
+            [KINDS[k] for k in shown],
+            ncols=4,
+            loc="lower left",
+            bbox_to_anchor=(-0.1, 1.0),
+            **LEGEND,
+        )
+        largest = max(plan.methods, key=lambda name: plan.methods[name].footprint.peak_bytes)
+        return to_svg(
+            axes,
+            name="plan",
+            title=f"Memory of {plan.recipe.run.name} by method",
+            description=f"A bar for each method by kind of memory, the largest for {largest}; a mark where "
+            "a warm start's peak is"
+            + ("." if plan.memory_bytes is None else "; a dashed line at the memory given."),
+        )
+
+
+def in_units(num_bytes: float) -> str:
+    """Write bytes in the unit that suits them."""
+    unit, letters = _unit(num_bytes)
+    return f"{num_bytes / unit:,.2f} {letters}"
+
+
+def _unit(num_bytes: float) -> tuple[int, str]:
+    return next((found for found in _UNITS if num_bytes >= found[0]), _UNITS[-1])
+
+
+def _heading(plan: RunPlan) -> str:
+    recipe = plan.recipe
+    tokens = recipe.total_steps * recipe.tokens_per_step
+    accumulation = recipe.train.batch_size // (recipe.train.micro_batch_size * plan.devices)
+    recomputing = ", gradient checkpointing" if recipe.train.gradient_checkpointing else ""
+    return (
+        f"{recipe.run.name}: {recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens = {tokens:,} "
+        f"tokens; warm start {recipe.relora.warm_start_steps:,} steps, {plan.restarts} restarts\n"
+        f"on each of {plan.devices} device(s): micro batches of {recipe.train.micro_batch_size} x "
+        f"{recipe.data.seq_len} tokens, {accumulation} a step, {plan.precision}{recomputing}, rank "
+        f"{recipe.relora.rank}"
+    )
+
+
+def _rows(plan: RunPlan) -> list[Row]:
+    prints = [method.footprint for method in plan.methods.values()]
+
+    def memory(name: str) -> Callable[[MethodPlan], str]:
+        return lambda method: (
+            in_units(getattr(method.footprint, name)) if getattr(method.footprint, name) else "-"
+        )
+
+    rows: list[Row] = [
+        ("parameters", lambda m: f"{m.footprint.parameters_total:,}"),
+        ("  that train", lambda m: f"{m.footprint.parameters_trainable:,}"),
+        ("  in factors", lambda m: f"{m.footprint.parameters_factors:,}"),
+        ("weights", memory("weights_bytes")),
+        ("factors", memory("factors_bytes")),
+        ("gradients", memory("gradients_bytes")),
+        ("optimizer states", memory("optimizer_bytes")),
+        ("weights in the products' dtype", memory("casts_bytes")),
+        ("activations for the backward", memory("activations_bytes")),
+        ("  bytes a token", lambda m: f"{m.footprint.activations_bytes_per_token:,.0f}"),
+        ("head and loss, at most", memory("loss_bytes")),
+        ("peak of a step", memory("peak_bytes")),
+        ("peak with a warm start", lambda m: in_units(m.warm_start_peak_bytes)),
+        ("FLOPs a token", lambda m: f"{m.footprint.flops_per_token:.3g}"),
+        ("speed-up by FLOPs, at best", lambda m: f"{m.speedup:.2f}x"),
+        ("  over the whole run", lambda m: f"{m.run_speedup:.2f}x"),
+    ]
+    if any(found.residual_bytes for found in prints):
+        rows.insert(4, ("residual of the base", memory("residual_bytes")))
+    if plan.devices > 1:
+        rows.insert(6, ("  kept in DDP's buckets", memory("bucket_bytes")))
+    if plan.memory_bytes is not None:
+        rows.append((f"fits {in_units(plan.memory_bytes)}", lambda m: "yes" if m.fits else "no"))
+    return rows
+
+
+def _advice(plan: RunPlan) -> list[str]:
+    lines = [f"{name} is not planned: {reason}" for name, reason in plan.unavailable.items()]
+    if plan.memory_bytes is not None:
+        for name, method in plan.methods.items():
+            if method.settings is None:
+                lines.append(
+                    f"{name}: no setting known here makes it fit; it needs at least its weights and states"
+                )
+            elif method.settings:
+                flags = " ".join(f"--{key} {_word(value)}" for key, value in method.settings.items())
+                lines.append(f"{name} fits with {flags}")
+    if plan.recipe.train.precision == "auto":
+        lines.append("train.precision is auto: planned as bf16; on hardware without it, plan with fp32")
+    lines.append(
+        "What a GPU's context, its kernels' scratch memory and the allocator's gaps take comes on top."
+    )
+    return lines
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
