@@ -59,7 +59,7 @@ def curves_picture(arms: Sequence[Curves], *, name: str, xlabel: str, title: str
         axes.set_ylim(low - margin, high + margin)
         axes.set_xlim(left=0)
         _finish(axes, xlabel)
-        _legend(axes, [arm.label for arm in arms], lines=True)
+        _legend(axes, [arm.label if any(arm.runs) else None for arm in arms], lines=True)
         ends = [
             f"{arm.label} ends at {_mean([run[-1][1] for run in arm.runs if run]):.4f}"
             for arm in arms
@@ -90,7 +90,7 @@ def ends_picture(
             axes.xaxis.set_major_locator(FixedLocator(ticks))
             axes.xaxis.set_minor_locator(FixedLocator([]))
         _finish(axes, xlabel)
-        _legend(axes, [arm.label for arm in arms], lines=joined)
+        _legend(axes, [arm.label if arm.points else None for arm in arms], lines=joined)
         words = [f"{arm.label}: {_mean([y for _, y in arm.points]):.4f}" for arm in arms if arm.points]
         svg = to_svg(axes, name=name, title=title, description="Mean loss of " + "; ".join(words) + ".")
     return Picture(svg=svg, caption=title + ".")
@@ -109,9 +109,11 @@ def _finish(axes: Axes, xlabel: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(axis_number))
 
 
-def _legend(axes: Axes, labels: Sequence[str], *, lines: bool) -> None:
+def _legend(axes: Axes, labels: Sequence[str | None], *, lines: bool) -> None:
     handles = []
     for index, label in enumerate(labels):
+        if label is None:  # nothing was drawn of it
+            continue
         colour, dashes, mark = style(index)
         look = {"ls": dashes, "marker": ""} if lines else {"ls": "none", "marker": mark}
         handles.append(Line2D([], [], color=colour, label=_short(label), **look))
