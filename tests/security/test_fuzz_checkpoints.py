@@ -221,7 +221,7 @@ def targeted(
         with_manifest(
             files={name: listed[name] for name in listed if name != "optimizer.safetensors"}
         ),
-        *(with_state(**{name: bad}) for name in state for bad in (3, None if name != "relora" else 3)),
+        *(with_state(**{name: bad}) for name in state for bad in (3, None if name != "method" else 3)),
         *(with_state(progress={"dict": {**progress, **bad}}) for bad in (
             {"step": -1}, {"step": 1.5}, {"switch": 3}, {"switch": {"step": "x"}}, {"evaluated": []},
             {"new": 1},

@@ -281,6 +281,8 @@ FORBIDDEN_BUILTINS = {"eval", "exec", "compile"}
 FORBIDDEN_CALLS = {"system", "popen", "Popen", "check_output"}
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "subprocess", "yaml"}
 LOADERS = {"from_pretrained", "from_config"}
+STARTS_PROCESSES = "lab/processes.py"
+"""The laboratory trains its cells in processes: this interpreter, a list of words, no shell."""
 
 
 def test_the_source_has_no_pickle_no_shell_no_eval_and_never_trusts_remote_code() -> None:
@@ -294,7 +296,10 @@ def test_the_source_has_no_pickle_no_shell_no_eval_and_never_trusts_remote_code(
                 wrong.append(place)
             elif isinstance(node, ast.Call):
                 wrong += [f"{place}: {why}" for why in call_problems(node)]
-    assert wrong == []
+    starter = [place for place in wrong if place.startswith(STARTS_PROCESSES)]
+    assert [place for place in wrong if place not in starter] == []
+    assert [place.partition(": ")[2] for place in starter] == ["", "calls Popen"]  # the import, and one call
+    assert "shell" not in (SOURCE / STARTS_PROCESSES).read_text(encoding="utf-8").partition("Popen(")[2]
 
 
 def call_problems(node: ast.Call) -> list[str]:

@@ -81,6 +81,7 @@ def test_a_child_that_outlives_a_killed_parent_does_not_hold_its_lock(recipe):
 
 def test_the_lock_is_let_go_when_a_run_is_refused(recipe):
     opened(recipe)
+    (recipe.run.folder / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match="another recipe"):
         opened(replace(recipe, run=replace(recipe.run, seed=5)))
     opened(recipe)

@@ -249,6 +249,11 @@ def restore_state_(
     # The recipe's hyperparameters are in force, also where a fork has changed them.
     for group, wanted in zip(state.optimizer.adamw.param_groups, options, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
+    if (saved.method is None) != (state.method.state_dict() is None):
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} has {'no' if saved.method is None else 'a'} method "
+            "state, which run.method of this recipe does not fit"
+        )
     if saved.method is not None:
         state.method.load_state_dict(saved.method)
     state.watch.load_state_dict(saved.watch)

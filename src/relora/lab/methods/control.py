@@ -61,7 +61,8 @@ def wanted_parameters(recipe: Recipe, vocab_size: int) -> int:
     if options.parameters is not None:
         return options.parameters
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(llama_config(recipe.model, vocab_size=vocab_size))
+        config = llama_config(recipe.model, vocab_size=vocab_size)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return inject_factors(model, recipe).num_trainable_parameters
 
 
