@@ -41,8 +41,20 @@ class Cell:
         return self.lr, self.seed
 
 
-BOTH = {"factors": "both", "init": "kaiming", "scaling_rule": "alpha/r", "restart_every": 80}
-ONE_SIDED = {"factors": "B", "scaling_rule": "matched", "reset": "none", "restart_every": 40}
+BOTH = {
+    "factors": "both",
+    "init": "kaiming",
+    "scaling_rule": "alpha/r",
+    "restart_every": 80,
+    "residual": "none",
+}
+ONE_SIDED = {
+    "factors": "B",
+    "scaling_rule": "matched",
+    "reset": "none",
+    "restart_every": 40,
+    "residual": "none",
+}
 
 
 def full(lr: float, **cell: Any) -> Cell:
@@ -56,6 +68,14 @@ def one_sided(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
     label = f"f{times:g}r{rest:g}{cell.pop('label', '')}"
     changes = {"relora": ONE_SIDED | cell.pop("relora", {}), "optim": optim}
     return Cell(arm="relora-B", lr=lr, label=label, changes=changes, **cell)
+
+
+def signed(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
+    """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md)."""
+    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
+    relora = ONE_SIDED | {"residual": "sign", "residual_scale": scale} | cell.pop("relora", {})
+    label = f"f{times:g}r{rest:g}c{scale:g}{cell.pop('label', '')}"
+    return Cell(arm="relora-sign", lr=lr, label=label, changes={"relora": relora, "optim": optim}, **cell)
 
 
 def both(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
@@ -81,7 +101,15 @@ def lora(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
 PEAK = 4e-3
 """The best full-rank learning rate of the stage "full"; warm starts use it where no other is named."""
 
+BEST = {one_sided: 1, lora: 2, both: 2}
+"""The best multiple of the learning rate for the factors, by the stage "tune"."""
+
 CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
     *(arm(PEAK, times, stage="tune") for times in (1, 2, 4) for arm in (one_sided, lora, both)),
+    signed(PEAK, 1, stage="rest"),
+    *(arm(PEAK, times, rest, stage="rest") for rest in (0.5, 2) for arm, times in BEST.items()),
+    *(full(PEAK, stage="seeds", seed=seed) for seed in (1, 2)),
+    *(arm(PEAK, times, stage="seeds", seed=seed) for seed in (1, 2) for arm, times in BEST.items()),
+    *(signed(PEAK, 1, stage="seeds", seed=seed) for seed in (1, 2)),
 ]

@@ -19,8 +19,15 @@ NAMES = {
     "relora-both": "ReLoRA, both factors (the paper's form, scaling 1)",
     "relora-paper": "ReLoRA, the paper's scaling 0.25 and twice the learning rate",
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
+    "relora-sign": "ReLoRA, one-sided, sign step on the complement",
 }
-COLORS = {"full": "#333333", "lora": "#999999", "relora-both": "#c7781b", "relora-B": "#1f6fb4"}
+COLORS = {
+    "full": "#333333",
+    "lora": "#999999",
+    "relora-both": "#c7781b",
+    "relora-B": "#1f6fb4",
+    "relora-sign": "#2a9d55",
+}
 
 
 def main() -> None:
@@ -74,8 +81,8 @@ def draw(best: dict[str, list[dict]], path: Path) -> None:
                 steps, losses = zip(*cell["curve"], strict=True)
                 label = NAMES[arm] if index == 0 else None
                 axes.plot(steps, [math.exp(loss) for loss in losses], color=color, lw=1.4, label=label)
-        axes.axvline(160, color="#bbbbbb", lw=1, ls=":")
-        axes.annotate("switch", (160, 0.02), xycoords=("data", "axes fraction"), color="#777777")
+        axes.axvline(120, color="#bbbbbb", lw=1, ls=":")
+        axes.annotate("switch", (120, 0.02), xycoords=("data", "axes fraction"), color="#777777")
         axes.set(xlabel="step (4,096 tokens each)", ylabel="held-out perplexity", yscale="log")
         axes.set_yticks([50, 100, 200, 400], labels=["50", "100", "200", "400"])
         axes.minorticks_off()
