@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import relora.cli.train  # here, since a victim of another user may not be able to read the environment
+import relora.train.fit
 import relora.train.trainer
 from relora.cli.main import main as relora_main
 
