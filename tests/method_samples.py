@@ -1,6 +1,7 @@
 """Small models and helpers that the tests of `relora.method` share."""
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -124,3 +125,14 @@ def tower(*, tied: bool = False) -> Tower:
 
 
 TOWER_IDS = torch.randint(0, 23, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+class Branches(nn.Module):
+    """Two layers, of which one is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(7, 9), nn.Linear(7, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.used(x))

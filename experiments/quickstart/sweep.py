@@ -22,7 +22,7 @@ from cells import CELLS, Cell
 
 from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe, write_recipe
-from relora.train.run_folder import FORKED_FROM
+from relora.train.run_folder import note_origin
 from relora.train.state import versions
 
 HERE = Path(__file__).parent
@@ -51,8 +51,7 @@ def share_warm_start(cell: Cell, recipe: Recipe, work: Path) -> None:
     for part in ("model", "tokenizer", f"checkpoints/{step}"):
         shutil.copytree(donor / part, folder / part)
     shutil.copy2(donor / "metrics.jsonl", folder / "metrics.jsonl")
-    origin = {"run": str(donor), "checkpoint": step}  # as a fork: the recipe differs from the checkpoint's
-    (folder / FORKED_FROM).write_text(json.dumps(origin) + "\n")
+    note_origin(folder, donor, step)
     write_recipe(recipe, folder / "recipe.toml")
 
 

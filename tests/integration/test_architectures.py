@@ -10,32 +10,11 @@ from torch import Tensor, nn
 
 from method_samples import layers_of, max_difference, snapshot, train_factors_
 from relora import ConfigError, InjectReport, LoRALinear, ReLoRAConfig, fold, inject, merge_and_reinit_
+from tiny_sizes import GPT2_SIZES, GROUPED, SIZES, VOCAB_SIZE
 
 R3 = ReLoRAConfig(rank=3)
-VOCAB_SIZE = 37
 IDS = torch.randint(0, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-GPT2_SIZES: dict[str, Any] = {
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "vocab_size": VOCAB_SIZE,
-    "n_positions": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-GROUPED = {"num_key_value_heads": 2}
 # model_type -> what differs from SIZES, and how many layers of one block are wrapped.
 DECODERS: dict[str, tuple[dict[str, Any], int]] = {
     "llama": (GROUPED, 7),

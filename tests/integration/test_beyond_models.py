@@ -14,33 +14,13 @@ from loops import adamw
 from method_samples import as_rows, layers_of
 from reference.beyond import captured, complement, majority
 from relora import ReLoRA, ReLoRAConfig, fold, inject
+from tiny_sizes import GPT2_SIZES, GROUPED, SIZES, VOCAB_SIZE
 
-VOCAB_SIZE = 37
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SIZES | GROUPED,
+    "gpt2": GPT2_SIZES | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neox": SIZES | GROUPED | {"hidden_dropout": 0.0},
 }
-GPT2_SIZES: dict[str, Any] = {
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "vocab_size": VOCAB_SIZE,
-    "n_positions": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-}
-MODELS = {"llama": SIZES, "gpt2": GPT2_SIZES, "gpt_neox": SIZES | {"hidden_dropout": 0.0}}
 LR = 1e-3
 CONFIG = ReLoRAConfig(
     rank=3, factors="B", residual="sign", scaling_rule="matched", reset="none", restart_every=2

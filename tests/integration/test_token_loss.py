@@ -13,22 +13,12 @@ from transformers import PreTrainedModel
 from relora import ReLoRAConfig, inject
 from relora.train.loss import TokenLoss
 from relora.train.sections import TrainConfig
+from tiny_sizes import GPT2_SIZES, GROUPED
+from tiny_sizes import SIZES as PLAIN_SIZES
+from tiny_sizes import VOCAB_SIZE as V
 
-V = 37
 IDS = torch.randint(0, V, (2, 7), generator=torch.Generator().manual_seed(0))
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": V,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-GPT2_SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": V, "n_positions": 32}
+SIZES = PLAIN_SIZES | GROUPED
 PLAIN: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "qwen3": SIZES | {"head_dim": 6},
@@ -36,7 +26,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "gpt_neox": SIZES,
     "phi": SIZES,  # a head with a bias
     "opt": SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 8},  # the decoder is inside the base model
-    "gpt2": GPT2_SIZES | {"bos_token_id": 0, "eos_token_id": 1},  # tied
+    "gpt2": GPT2_SIZES,  # tied
 }
 OF_THEIR_OWN: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": (SIZES | {"head_dim": 6, "final_logit_softcapping": 2.0}, "changes the logits"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loops import Loop, adamw, batch, differing, tiny_model
-from method_samples import LAYER_KINDS, as_rows, numpy64
+from method_samples import LAYER_KINDS, Branches, as_rows, numpy64
 from reference.beyond import SplitAdam, complement, majority, unit_columns
 from relora import ConfigError, NonFiniteError, ReLoRAConfig, inject
 from relora.method.complement import RESIDUALS
@@ -282,14 +282,6 @@ def test_entries_that_are_not_finite_cast_no_vote_and_are_counted():
 
 
 def test_a_layer_that_no_backward_reached_is_named_and_stays():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(7, 9), nn.Linear(7, 9)
-
-        def forward(self, x):
-            return self.used(x)
-
     loop = Loop(CONFIG, Branches())
     idle = loop.model.idle.weight.detach().clone()
     loop.run(1, 2)
@@ -362,3 +354,17 @@ def test_base_weight_decay_and_growing_cycles_compose():
     np.testing.assert_allclose(numpy64(loop.model.up.weight), decayed, atol=1e-6)
     loop.run(3, 17)
     assert [report.step for report in loop.reports] == [2, 5, 9, 16]
+
+
+@pytest.mark.parametrize("init", ["orthonormal", "gradient"])
+def test_a_step_that_was_not_taken_moves_no_base_and_the_next_one_does(init):
+    loop = Loop(replace(CONFIG, init=init, base_weight_decay=0.1, restart_every=2))
+    before = masters(loop)
+    step_on(loop, 1)
+    loop.relora.after_step(1, was_taken=False)
+    assert all(np.array_equal(after, before[name]) for name, after in masters(loop).items())
+    assert loop.relora.complement_report is None
+    step_on(loop, 2)
+    loop.relora.after_step(2)
+    assert loop.relora.complement_report.step == 2
+    assert all((after != before[name]).any() for name, after in masters(loop).items())

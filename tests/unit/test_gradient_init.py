@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loops import Loop, adamw, batch, differing, tiny_model
-from method_samples import as_rows
+from method_samples import Branches, as_rows
 from reference.beyond import captured
 from relora import ReLoRA, ReLoRAConfig, inject, merge_and_reinit_
 from relora.method.gradient_init import Sketch
@@ -126,14 +126,6 @@ def test_only_the_last_step_of_a_cycle_is_observed():
 
 
 def test_a_layer_without_a_gradient_gets_random_rows_and_is_named():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(7, 9), nn.Linear(7, 9)
-
-        def forward(self, x):
-            return self.used(x)
-
     loop = Loop(GRADIENT, Branches())
     before = loop.model.idle.lora_A.detach().clone()
     loop.run(1, 4)

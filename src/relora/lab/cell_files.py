@@ -21,7 +21,7 @@ from typing import Any
 from relora.lab.plan import Outcome
 from relora.lab.study import Cell
 from relora.train.recipe_io import write_recipe
-from relora.train.run_folder import FORKED_FROM, METRICS, SUMMARY
+from relora.train.run_folder import METRICS, SUMMARY, note_origin
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, TOKENIZER
 
 NON_FINITE_CODE = 5
@@ -97,8 +97,7 @@ class CellFiles:
             for source in (MODEL_CONFIG, TOKENIZER, f"{CHECKPOINTS}/{name}"):
                 shutil.copytree(donor.run / source, part / source)
             shutil.copy2(donor.run / METRICS, part / METRICS)
-            # As a fork has it: the checkpoint was made by a recipe that differs after the switch.
-            write_json(part / FORKED_FROM, {"run": str(donor.run), "checkpoint": name})
+            note_origin(part, donor.run, name)
             write_recipe(self.cell.recipe, part / "recipe.toml")
             write_json(self.beside(".shared.json"), {"donor": donor.cell.name})
             part.rename(self.run)

@@ -100,6 +100,12 @@ def refuse_other_settings(opened: OpenedRun, saved: Mapping[str, Any]) -> None:
         )
 
 
+def note_origin(folder: Path, source: Path, checkpoint: str) -> None:
+    """Say that a run begins from another's checkpoint, whose recipe may differ from its own."""
+    origin = {"run": str(source), "checkpoint": checkpoint}
+    (folder / FORKED_FROM).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+
+
 def open_run(
     recipe: Recipe, held: ExitStack, *, overwrite: bool = False, fork: str | None = None
 ) -> OpenedRun:
@@ -241,8 +247,7 @@ def _fork(recipe: Recipe, wanted: Recipe) -> OpenedRun:
     newest, problems = latest_valid(source / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"--fork: {source} has no valid checkpoint any more; {'; '.join(problems)}")
-    origin = {"run": str(source), "checkpoint": newest.name}
-    (folder / FORKED_FROM).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+    note_origin(folder, source, newest.name)
     for part in (MODEL_CONFIG, TOKENIZER):
         shutil.copytree(source / part, folder / part)
     for log in (METRICS, RESTARTS):

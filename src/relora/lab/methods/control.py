@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from relora.errors import ConfigError
 from relora.lab.methods.options import ControlOptions
-from relora.train.architecture import ModelConfig, llama_config
+from relora.train.architecture import ModelConfig
+from relora.train.blueprint import blueprint
 from relora.train.config import Recipe
 from relora.train.method_parts import PreparedData
 from relora.train.phase import inject_factors, num_parameters
@@ -60,10 +60,7 @@ def wanted_parameters(recipe: Recipe, vocab_size: int) -> int:
     assert isinstance(options, ControlOptions)
     if options.parameters is not None:
         return options.parameters
-    with torch.device("meta"):
-        config = llama_config(recipe.model, vocab_size=vocab_size)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return inject_factors(model, recipe).num_trainable_parameters
+    return inject_factors(blueprint(recipe, vocab_size=vocab_size), recipe).num_trainable_parameters
 
 
 def control_sizes(model: ModelConfig, *, vocab_size: int, parameters: int) -> ModelConfig:
