@@ -41,6 +41,9 @@ class Cell:
         return self.lr, self.seed
 
 
+RANK = 32
+"""Of the shipped recipe."""
+
 BOTH = {
     "factors": "both",
     "init": "kaiming",
@@ -63,39 +66,56 @@ def full(lr: float, **cell: Any) -> Cell:
 
 
 def one_sided(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
-    """ReLoRA with lora_B alone trained, matched scale, nothing reset, no re-warm; factors at times x lr."""
+    """ReLoRA with lora_B alone trained, matched scale, nothing reset, no re-warm; factors at times x lr.
+
+    Its scale is its rate: Adam's step in lora_B does not depend on the scale, so twice the scale is twice the
+    step in W, as twice the rate is.
+    """
     optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
-    label = f"f{times:g}r{rest:g}{cell.pop('label', '')}"
-    changes = {"relora": ONE_SIDED | cell.pop("relora", {}), "optim": optim}
-    return Cell(arm="relora-B", lr=lr, label=label, changes=changes, **cell)
+    changes = {"relora": ONE_SIDED, "optim": optim}
+    return Cell(arm="relora-B", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
 
 
 def signed(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
     """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md)."""
     optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
-    relora = ONE_SIDED | {"residual": "sign", "residual_scale": scale} | cell.pop("relora", {})
-    label = f"f{times:g}r{rest:g}c{scale:g}{cell.pop('label', '')}"
+    relora = ONE_SIDED | {"residual": "sign", "residual_scale": scale}
+    label = f"f{times:g}r{rest:g}c{scale:g}"
     return Cell(arm="relora-sign", lr=lr, label=label, changes={"relora": relora, "optim": optim}, **cell)
 
 
-def both(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
-    """The paper's form: both factors, scaling 1, magnitude reset, re-warm."""
-    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
-    relora = BOTH | {"reset": "magnitude", "reset_ratio": 0.99} | cell.pop("relora", {})
-    changes = {"relora": relora, "optim": optim, "schedule": {"rewarmup_steps": 10}}
-    return Cell(arm="relora-both", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
+def both(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
+    """The paper's form: both factors, magnitude reset, re-warm."""
+    relora = BOTH | {"reset": "magnitude", "reset_ratio": 0.99}
+    return two_factors("relora-both", relora, lr, times=times, rest=rest, scale=scale, **cell)
 
 
-def lora(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
-    """LoRA from the same warm start: both factors, scaling 1, no restarts."""
-    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
+def lora(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
+    """LoRA from the same warm start: both factors, no restarts."""
+    changes: Overrides = {"run": {"method": "lora"}}
+    return two_factors("lora", BOTH, lr, times=times, rest=rest, scale=scale, changes=changes, **cell)
+
+
+def two_factors(
+    arm: str,
+    relora: dict[str, Any],
+    lr: float,
+    *,
+    times: float,
+    rest: float,
+    scale: float,
+    changes: Overrides | None = None,
+    **cell: Any,
+) -> Cell:
+    """An arm that trains both factors, at a scale of alpha / r."""
     changes = {
-        "run": {"method": "lora"},
-        "relora": BOTH,
-        "optim": optim,
+        **(changes or {}),
+        "relora": relora if scale == 1 else relora | {"alpha": scale * RANK},
+        "optim": {"factor_lr": lr * times, "low_rank_lr": lr * rest},
         "schedule": {"rewarmup_steps": 10},
     }
-    return Cell(arm="lora", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
+    label = f"f{times:g}r{rest:g}" + (f"s{scale:g}" if scale != 1 else "")
+    return Cell(arm=arm, lr=lr, label=label, changes=changes, **cell)
 
 
 PEAK = 4e-3
@@ -108,7 +128,11 @@ CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
     *(arm(PEAK, times, stage="tune") for times in (1, 2, 4) for arm in (one_sided, lora, both)),
     signed(PEAK, 1, stage="rest"),
-    *(arm(PEAK, times, rest, stage="rest") for rest in (0.5, 2) for arm, times in BEST.items()),
+    *(signed(PEAK, times, stage="rest") for times in (0.5, 2)),
+    *(signed(PEAK, 1, rest, stage="rest") for rest in (0.5, 2)),
+    *(signed(PEAK, 1, scale=scale, stage="rest") for scale in (0.5, 2)),
+    *(arm(PEAK, 2, rest, stage="rest") for rest in (0.5, 2) for arm in (lora, both)),
+    *(arm(PEAK, 2, scale=scale, stage="rest") for scale in (0.5, 2) for arm in (lora, both)),
     *(full(PEAK, stage="seeds", seed=seed) for seed in (1, 2)),
     *(arm(PEAK, times, stage="seeds", seed=seed) for seed in (1, 2) for arm, times in BEST.items()),
     *(signed(PEAK, 1, stage="seeds", seed=seed) for seed in (1, 2)),

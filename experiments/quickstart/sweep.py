@@ -25,7 +25,7 @@ from relora.train.recipe_io import load_recipe, write_recipe
 from relora.train.run_folder import note_origin
 from relora.train.state import versions
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results.json"
 
 
 def recipe_of(cell: Cell, work: Path) -> Recipe:
@@ -75,7 +75,9 @@ def train(cell: Cell, work: Path) -> None:
 
 
 def collect(work: Path) -> list[dict[str, object]]:
-    """Gather the finished cells."""
+    """Gather the finished cells: those here, and those of earlier starts that results.json holds."""
+    earlier = json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else []
+    known = {row["cell"]: row for row in earlier}
     rows = []
     kept = ("eval/loss", "eval/perplexity", "wall_s", "tokens", "parameters_trainable", "restarts", "ranks")
     for cell in CELLS:
@@ -86,6 +88,8 @@ def collect(work: Path) -> list[dict[str, object]]:
             switch = (summary["switch"] or {}).get("eval/loss")
             curve = {"curve": heldout_curve(work / cell.name)}
             rows.append(row | {key: summary[key] for key in kept} | {"switch_loss": switch} | curve)
+        elif cell.name in known:
+            rows.append(known[cell.name])
     return rows
 
 
@@ -114,7 +118,7 @@ def main() -> None:
         list(pool.map(lambda cell: train(cell, arguments.work), donors))
         list(pool.map(lambda cell: train(cell, arguments.work), [c for c in chosen if c not in donors]))
     results = {"versions": versions(), "cells": collect(arguments.work)}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

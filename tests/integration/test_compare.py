@@ -213,3 +213,22 @@ def _layer(recipe: object) -> dict:
 
 def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_study_goes_on_from_its_results_alone_and_refuses_those_of_another_text(study, monkeypatch, capsys):
+    monkeypatch.chdir(study.folder)
+    results = json.loads((study.folder / "study" / "study.json").read_text())
+    moved = study.folder / "moved"
+    moved.mkdir()
+    (moved / "study.json").write_text(json.dumps(results))
+    assert main(["compare", "smoke", "--out", "moved"]) == 0
+    assert not list(moved.glob("cells/*/summary.json"))  # nothing was trained
+    again = json.loads((moved / "study.json").read_text())
+    assert [cell | {"earlier": True} for cell in results["cells"]] == again["cells"]
+    assert "kept from earlier starts" in (moved / "table.md").read_text()
+    results["data"][0]["fingerprint"] = "0" * 64
+    (moved / "study.json").write_text(json.dumps(results))
+    before = (moved / "study.json").read_bytes()
+    assert main(["compare", "smoke", "--out", "moved"]) == 2
+    assert "another text" in capsys.readouterr().err
+    assert (moved / "study.json").read_bytes() == before

@@ -133,7 +133,8 @@ def test_winner_on_the_edge_is_told_and_extended_as_far_again(losses, further):
     points = tried("optim.lr", losses)
     choice = choose(points)
     assert choice.edges == ("optim.lr",)
-    assert beyond(choice, points) == [{"optim.lr": further}]
+    assert beyond(choice, points, axes={"optim.lr"}) == [{"optim.lr": further}]
+    assert beyond(choice, points, axes=set()) == []
 
 
 def test_a_diverged_neighbour_bounds_the_grid_and_all_diverged_have_no_winner():
@@ -146,7 +147,7 @@ def test_values_without_an_order_have_no_edge_and_zero_is_a_natural_one():
     points = tried("schedule.rewarmup_steps", {0: 2.0, 10: 3.0})
     assert choose(points).edges == ()
     points = tried("schedule.rewarmup_steps", {0: 3.0, 10: 2.0})
-    assert choose(points).edges and beyond(choose(points), points) == []
+    assert choose(points).edges and beyond(choose(points), points, axes={"schedule.rewarmup_steps"}) == []
 
 
 # Reading
@@ -258,6 +259,49 @@ def test_grids_are_extended_as_often_as_asked():
     assert rates == [4e-3, 8e-3, 1.6e-2, 1.6e-2]
 
 
+def test_axes_are_swept_one_after_the_other_at_what_won_before():
+    grid = 'grid = { optim.factor_lr = ["1x", "2x", "4x"], optim.low_rank_lr = ["0.5x", "2x"] }'
+    text = SMALL.replace('grid = { optim.factor_lr = ["1x", "2x"] }', grid)
+    text = text.replace('set = { optim.low_rank_lr = "0.5x" }', "").replace(
+        "relora.rank = [4, 8]", "relora.rank = [4]"
+    )
+    planner = Planner(study_of(text + '[tuning]\nsearch = "axes"\nextend = 1\n'), Path("cells"))
+
+    def loss(cell) -> float:
+        """Least at a factor rate of 2x, and at a rest rate of 4x, where the sweep has to be extended to."""
+        factor, rest = (cell.swept.get(f"optim.{name}", "1x") for name in ("factor_lr", "low_rank_lr"))
+        return abs(math.log2(float(factor[:-1])) - 1) + abs(math.log2(float(rest[:-1])) - 2) / 4
+
+    outcomes: dict[str, Outcome] = {}
+    order = []
+    while new := [cell for cell in planner.plan(outcomes).cells if cell.name not in outcomes]:
+        outcomes |= {cell.name: Outcome(loss=loss(cell)) for cell in new}
+        order.append([cell.swept for cell in new if cell.arm == "low rank=4"])
+    axes = [
+        [(point.get("optim.factor_lr"), point.get("optim.low_rank_lr")) for point in step] for step in order
+    ]
+    assert [step for step in axes if step] == [
+        [("1x", None), ("2x", None), ("4x", None)],
+        [("2x", "0.5x"), ("2x", "2x")],
+        [("2x", "8x")],
+        [("2x", "2x")] * 3,  # the final runs: 8x is as far from the optimum, and was tried later
+    ]
+
+
+def test_axis_with_one_value_is_a_setting_of_every_run_of_the_arm():
+    text = SMALL.replace(
+        'grid = { optim.factor_lr = ["1x", "2x"] }',
+        'grid = { optim.factor_lr = ["1x", "4x"], relora.alpha = [2.0] }',
+    )
+    planner = Planner(study_of(text + '[tuning]\nsearch = "axes"\n'), Path("cells"))
+    first = planner.plan({})
+    outcomes = {cell.name: Outcome(loss=1.0) for cell in first.cells}
+    low = [
+        cell for cell in planner.plan(outcomes).cells if cell.stage == "tuning" and cell.arm == "low rank=4"
+    ]
+    assert all(cell.recipe.relora.alpha == 2.0 for cell in low) and len(low) == 2
+
+
 def test_arms_of_a_method_that_failed_are_left_out_and_said():
     planner = Planner(study_of(SMALL), Path("cells"))
     first = planner.plan({})
@@ -307,6 +351,7 @@ def results_of(cells: list[dict]) -> dict:
     ]
     study = {
         **{"name": "s", "question": "q", "seeds": [0, 1], "tuning_seed": 1000, "references": ["full"]},
+        **{"search": "grid"},
         **{"budgets": ["100 steps"], "tuning_budget": None, "arms": arms, "source": ""},
     }
     machine = {"threads_per_cell": 1}
@@ -325,6 +370,20 @@ def test_table_says_mean_spread_difference_and_edge():
     assert "2.1000 \u00b1 0.1414" in table and "+0.2000 [-1.0706, +1.4706]" in table
     assert "8.207 \u00b1 1.157 (2)" in table  # the mean of perplexities, not the perplexity of the mean
     assert any("fewer than 3 seeds: full, low" in caution for caution in cautions(results))
+
+
+def test_axis_that_the_recipe_won_is_told_as_such():
+    axes = {"optim.lr": [1, 2], "relora.alpha": [4.0, 16.0]}
+    cells = [sweep("full", 1, 3.0), sweep("full", 2, 2.5)]
+    cells += [
+        sweep("full", 2, 2.6) | {"name": f"full-{alpha}", "swept": {"optim.lr": 2, "relora.alpha": alpha}}
+        for alpha in axes["relora.alpha"]
+    ]
+    results = results_of(cells)
+    results["study"]["arms"][0]["grid"] = axes
+    results["study"]["search"] = "axes"
+    table = markdown(results)
+    assert "relora.alpha: 4, 16, [as set]" in table and "one axis after the other" in table
 
 
 def test_missing_and_failed_runs_are_said():

@@ -1,7 +1,7 @@
 """The winner of a sweep, whether it lies on the edge of its grid, and what would extend the grid there."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from relora.lab.values import like, magnitude
@@ -34,10 +34,16 @@ def choose(tried: Sequence[Tried]) -> Choice | None:
     return Choice(winner=best, edges=tuple(axis for axis in best.settings if _is_edge(axis, best, tried)))
 
 
-def beyond(choice: Choice, tried: Sequence[Tried]) -> list[Settings]:
-    """Return the points that extend the grid beyond its edges, one an axis: as far again as the last step."""
+def beyond(choice: Choice, tried: Sequence[Tried], *, axes: Collection[str]) -> list[Settings]:
+    """Return the points that extend a grid beyond its edges, one an axis: as far again as the last step.
+
+    Args:
+        choice: What has won so far.
+        tried: All that has been tried.
+        axes: Those that may be extended.
+    """
     points: list[Settings] = []
-    for axis in choice.edges:
+    for axis in (edge for edge in choice.edges if edge in axes):
         value = choice.winner.settings[axis]
         here = magnitude(value)
         assert here is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 from relora.errors import ConfigError
 from relora.lab.cell_files import CellFiles
-from relora.lab.gather import study_results
+from relora.lab.gather import earlier_outcomes, study_results
 from relora.lab.plan import Outcome, Planner, predicted
 from relora.lab.report import RESULTS, read_results, write_results, write_tables
 from relora.lab.runner import Observer, Runner
@@ -50,12 +50,13 @@ def compare(
         What study.json holds, and the exit code.
 
     Raises:
-        ConfigError: if the numbers of cores do not allow one cell.
+        ConfigError: if the numbers of cores do not allow one cell, or study.json is of another text.
         DataError: if the text of the study cannot be prepared.
     """
     if not 1 <= threads_per_cell <= cores:
         raise ConfigError(f"threads-per-cell must be from 1 to the {cores} cores, not {threads_per_cell}")
     requests = Requests()
+    before = read_results(folder)
     with stopping_on_signals(requests):
         runner = Runner(
             study,
@@ -65,6 +66,7 @@ def compare(
             environment=environment,
             observer=observer,
             requests=requests,
+            earlier=before,
         )
         run = runner.run()
     results = study_results(
@@ -73,7 +75,7 @@ def compare(
         run.outcomes,
         threads=threads_per_cell,
         data=run.data,
-        before=read_results(folder),
+        before=before,
     )
     write_results(folder, results)
     return results, run.exit_code
@@ -86,6 +88,7 @@ def tables_only(study: Study, folder: Path) -> dict[str, Any]:
         ConfigError: if there is neither.
     """
     before = read_results(folder)
+    kept = earlier_outcomes(before or {})
     if not (folder / "cells").is_dir():
         if before is None:
             raise ConfigError(
@@ -100,7 +103,8 @@ def tables_only(study: Study, folder: Path) -> dict[str, Any]:
         new = {
             cell.name: outcome
             for cell in plan.cells
-            if cell.name not in outcomes and (outcome := CellFiles(cell).outcome()) is not None
+            if cell.name not in outcomes
+            and (outcome := CellFiles(cell).outcome() or kept.get(cell.name)) is not None
         }
         if not new:
             break

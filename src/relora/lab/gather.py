@@ -1,6 +1,7 @@
 """study.json: everything a table needs, from the run folders; and the curves, thinned."""
 
 import itertools
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,9 @@ def study_results(
         data: What was prepared, of each text.
         before: What study.json held: cells of it whose run folders are gone stay as they were.
     """
-    known = {row["name"]: row for row in (before or {}).get("cells", [])}
+    known = {
+        row["name"]: row | {"earlier": True} for row in (before or {}).get("cells", []) if _has_ended(row)
+    }
     return {
         "format": FORMAT,
         "study": {
@@ -48,6 +51,7 @@ def study_results(
             "question": study.question,
             "seeds": list(study.seeds),
             "tuning_seed": study.tuning_seed,
+            "search": study.search,
             "references": list(study.references),
             "budgets": [budget.label for budget in study.budgets],
             "tuning_budget": None if study.tuning_budget is None else study.tuning_budget.label,
@@ -74,10 +78,27 @@ def study_results(
         "data": list(data or (before or {}).get("data", [])),
         "notes": list(plan.notes),
         "cells": [
-            _row(study, cell, outcomes.get(cell.name)) or known.get(cell.name) or _planned_row(study, cell)
+            _row(study, cell, outcomes.get(cell.name))
+            if CellFiles(cell).outcome() is not None or cell.name not in known
+            else known[cell.name]
             for cell in plan.cells
         ],
     }
+
+
+def earlier_outcomes(results: Mapping[str, Any]) -> dict[str, Outcome]:
+    """Return how the cells of study.json ended, by name, where running them again would end the same."""
+    return {
+        row["name"]: Outcome(
+            loss=row["loss"] if row["status"] == "finished" else math.inf, failure=row.get("failure")
+        )
+        for row in results.get("cells", [])
+        if _has_ended(row)
+    }
+
+
+def _has_ended(row: Mapping[str, Any]) -> bool:
+    return row["status"] in ("finished", "diverged")
 
 
 def _planned_row(study: Study, cell: Cell) -> dict[str, Any]:
@@ -100,12 +121,12 @@ def _budgets_served(study: Study, cell: Cell) -> list[str]:
     return [budget.label for budget in (study.budgets if shared else own)]
 
 
-def _row(study: Study, cell: Cell, outcome: Outcome | None) -> dict[str, Any] | None:
-    """Return a cell that has ended; None for any other."""
-    if outcome is None:
-        return None
-    files = CellFiles(cell)
+def _row(study: Study, cell: Cell, outcome: Outcome | None) -> dict[str, Any]:
+    """Return a cell as its run folder has it."""
     row = _planned_row(study, cell)
+    if outcome is None:
+        return row
+    files = CellFiles(cell)
     row["recipe"] = recipe_fields(cell.recipe)
     row["warm_start_from"] = files.shared_from()
     summary = files.summary()

@@ -6,15 +6,13 @@ that was killed, or whose file has got another seed, goes on where it stands.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from relora.errors import ConfigError
-from relora.lab.choice import Choice, Settings, Tried, beyond, choose
+from relora.lab.choice import Settings, Tried, beyond, choose
 from relora.lab.study import Arm, Budget, Cell, Stage, Study
-from relora.lab.study_file import grid_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +73,15 @@ class Planner:
                     winners[key] = None
                     continue
                 begun = arm.begins_with(inherited)
-                tried, is_known = self._tried(arm, budget, begun, outcomes=outcomes, plan=plan)
+                won, is_known = self._sweep(arm, budget, begun, outcomes=outcomes, plan=plan)
                 if not is_known:
                     plan.waiting.append((arm, budget))
                     continue
-                found = choose(tried) if tried else Choice(winner=Tried(settings={}, loss=math.nan), edges=())
-                winners[key] = None if found is None else {**begun, **found.winner.settings}
-                if found is None:
+                winners[key] = won
+                if won is None:
                     plan.notes.append(f"{arm.name}: every run of its grid failed, so it has no final runs")
                 else:
-                    finals += self.finals(arm, budget, {**begun, **found.winner.settings})
+                    finals += self.finals(arm, budget, won)
         plan.cells += finals
         return plan
 
@@ -92,40 +89,45 @@ class Planner:
         """Return an arm's runs with every seed at settings that won."""
         return [self._cell(arm, "final", budget, seed=seed, swept=swept) for seed in self._study.seeds]
 
-    def _tried(
+    def _sweep(
         self, arm: Arm, budget: Budget, begun: Settings, *, outcomes: Outcomes, plan: WorkPlan
-    ) -> tuple[list[Tried], bool]:
-        """Return what an arm's sweep has tried, and whether that is all; its cells join the plan."""
-        points: Sequence[Settings] = grid_points(arm)
-        if len(points) == 1:  # nothing to choose; a grid of one point is a setting
-            return ([Tried(settings=points[0], loss=0.0)] if points[0] else []), True
+    ) -> tuple[Settings | None, bool]:
+        """Return what an arm trains with (None where every run of a sweep failed), and whether that is known.
+
+        The cells of its sweeps join the plan.
+        """
         tried: list[Tried] = []
-        length = self._study.tuning_budget or budget
-        for _ in range(1 + self._study.extend):
-            cells = self._tuning_cells(arm, length, begun, points=points, plan=plan)
-            known = {cell.name for cell in plan.cells}
-            plan.cells += [cell for cell, _ in cells if cell.name not in known]
-            if any(cell.name not in outcomes for cell, _ in cells):
-                return tried, False
-            tried += [Tried(settings=point, loss=outcomes[cell.name].loss) for cell, point in cells]
-            choice = choose(tried)
-            points = [] if choice is None else beyond(choice, tried)
-            if not points:
-                break
-        return tried, True
+        won: Settings = {**begun, **arm.fixed}
+        for points in arm.sweeps(self._study.search):
+            axes = set(points[0])
+            to_try: Sequence[Settings] = points
+            for _ in range(1 + self._study.extend):
+                cells = self._tuning_cells(arm, budget, [{**won, **point} for point in to_try], plan=plan)
+                if any(cell.name not in outcomes for cell in cells):
+                    return None, False
+                tried += [
+                    Tried(settings=arm.own(cell.swept), loss=outcomes[cell.name].loss) for cell in cells
+                ]
+                choice = choose(tried)
+                if choice is None:
+                    return None, True
+                won = {**won, **choice.winner.settings}
+                to_try = beyond(choice, tried, axes=axes)
+        return won, True
 
     def _tuning_cells(
-        self, arm: Arm, length: Budget, begun: Settings, *, points: Sequence[Settings], plan: WorkPlan
-    ) -> list[tuple[Cell, Settings]]:
-        seed = self._study.tuning_seed
+        self, arm: Arm, budget: Budget, points: Sequence[Settings], *, plan: WorkPlan
+    ) -> list[Cell]:
+        """Return the cells that try some points, with what comes before them; they join the plan."""
+        seed, length = self._study.tuning_seed, self._study.tuning_budget or budget
         cells = []
         for point in points:
             try:
-                cell = self._cell(arm, "tuning", length, seed=seed, swept={**begun, **point})
+                cells.append(self._cell(arm, "tuning", length, seed=seed, swept=point))
             except ConfigError as error:  # only beyond the grid of the file, which has been checked
                 plan.notes.append(f"{arm.name}: the grid ends here: {error}")
-                continue
-            cells.append((cell, point))
+        known = {cell.name for cell in plan.cells}
+        plan.cells += [cell for cell in cells if cell.name not in known]
         return cells
 
     def _cell(self, arm: Arm, stage: Stage, budget: Budget, *, seed: int, swept: Settings) -> Cell:

@@ -121,7 +121,7 @@ def _curve(cell: Mapping[str, Any], column: int, scale: float) -> list[tuple[flo
 
 def _sweeps(lines: Sequence[ArmResult]) -> list[tuple[str, Picture]]:
     """Return a figure for each axis: the best loss on the tuning split at each of its values."""
-    axes = dict.fromkeys(axis for line in lines if line.tried for axis in line.tried[0].settings)
+    axes = dict.fromkeys(axis for line in lines for axis in line.axes)
     found = []
     for axis in axes:
         arms = [Ends(label=_label(line, lines), points=_profile(line, axis)) for line in lines]

@@ -32,6 +32,11 @@ class ArmResult:
     """The references that this arm itself is."""
 
     @property
+    def axes(self) -> list[str]:
+        """What was swept, in the order of the grid."""
+        return list(dict.fromkeys(axis for point in self.tried for axis in point.settings))
+
+    @property
     def loss(self) -> Spread | None:
         """The final held-out loss over seeds."""
         return self.over("loss")
@@ -85,7 +90,7 @@ def _tried(cells: Sequence[Row], arm: Row, budget: str) -> list[Tried]:
     """Return the points of an arm's sweep that have ended, each with the axes that it swept itself."""
     return [
         Tried(
-            settings={axis: cell["swept"][axis] for axis in arm["grid"]},
+            settings={axis: cell["swept"][axis] for axis in arm["grid"] if axis in cell["swept"]},
             loss=cell["loss"] if cell["status"] == "finished" else math.inf,
         )
         for cell in cells

@@ -1,12 +1,14 @@
 """Run a study: as many cells side by side as the cores allow, until the plan has nothing left to do."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from relora.errors import ConfigError
 from relora.lab.cell_files import CellFiles
+from relora.lab.gather import earlier_outcomes
 from relora.lab.plan import Outcome, Planner, WorkPlan, predicted
 from relora.lab.processes import RunningCell, start
 from relora.lab.study import Cell, Study
@@ -63,6 +65,7 @@ class Runner:
         environment: For the training processes.
         observer: Told of everything.
         requests: Ask to stop.
+        earlier: What study.json held: cells that ended in it are not run again.
     """
 
     def __init__(
@@ -75,11 +78,14 @@ class Runner:
         environment: Mapping[str, str],
         observer: Observer,
         requests: Requests,
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         self._study, self._folder = study, folder
         self._num_slots, self._threads, self._environment = num_slots, threads, environment
         self._observer, self._requests = observer, requests
         self._planner = Planner(study, folder / "cells")
+        self._earlier = earlier or {}
+        self._kept = earlier_outcomes(self._earlier)
         self._outcomes: dict[str, Outcome] = {}
         self._running: dict[str, RunningCell] = {}
         self._looked = 0.0
@@ -91,6 +97,7 @@ class Runner:
         # Once, instead of by each process, all but one of them waiting.
         sections = {repr(cell.recipe.data): cell for cell in cells}.values()
         data = [data_facts(cell) for cell in sections]
+        self._check_text(data)
         stopping = False
         plan = self._look()
         while True:
@@ -117,7 +124,7 @@ class Runner:
             found = [
                 (cell, outcome)
                 for cell in unknown
-                if cell.name not in self._running and (outcome := CellFiles(cell).outcome()) is not None
+                if cell.name not in self._running and (outcome := self._ended(cell)) is not None
             ]
             for cell, outcome in found:
                 self._note(cell, outcome)
@@ -126,6 +133,21 @@ class Runner:
                 self._observer.grown(total_tokens=tokens, num_cells=len(plan.cells))
                 self._drop_checkpoints(plan)
                 return plan
+
+    def _ended(self, cell: Cell) -> Outcome | None:
+        """Return how a cell ended: by its run folder, else by study.json."""
+        return CellFiles(cell).outcome() or self._kept.get(cell.name)
+
+    def _check_text(self, data: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to go on from results that were made on another text."""
+        known = {facts["fingerprint"] for facts in self._earlier.get("data", [])}
+        other = [facts for facts in data if facts["fingerprint"] not in known]
+        if self._kept and other:
+            raise ConfigError(
+                f"{self._folder / 'study.json'} holds {len(self._kept)} cells that were trained on another "
+                f"text than {other[0]['source']!r} is here (another version, or other files): give --out "
+                "another folder, or remove it to run them again"
+            )
 
     def _note(self, cell: Cell, outcome: Outcome) -> None:
         self._outcomes[cell.name] = outcome

@@ -6,6 +6,7 @@ another, so that, say, all low-rank methods share the warm start at the tuned fu
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from relora.train.methods import option_fields
 from relora.train.recipe_io import recipe_toml, resolve
 
 Stage = Literal["tuning", "final"]
+Search = Literal["grid", "axes"]
 Flat = Mapping[str, object]
 
 # What no longer matters before the switch: runs that agree in all else share their warm start.
@@ -51,11 +53,32 @@ class Arm:
     settings: Flat
     """What all its cells set otherwise than the study's recipe, as "section.field"."""
     grid: Mapping[str, tuple[object, ...]]
-    """Values to tune over, by "section.field"; empty for none."""
+    """Values to tune over, by "section.field", in the order of the file; empty for none."""
     inherit: str | None = None
     """The arm whose winning settings this one begins with."""
     references: Mapping[str, str]
     """By the study's name of each reference the arm it means for this one."""
+
+    def sweeps(self, search: Search) -> list[list[dict[str, object]]]:
+        """Return the points to try, one list after the other; an axis with one value is no sweep.
+
+        "grid" has one list, of all combinations. "axes" has one for each axis, to be tried at what won
+        before it; an axis whose turn has not come is as the recipe has it.
+        """
+        swept = {axis: values for axis, values in self.grid.items() if len(values) > 1}
+        if search == "axes":
+            return [[{axis: value} for value in values] for axis, values in swept.items()]
+        points = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+        return [points] if swept else []
+
+    def own(self, swept: Flat) -> dict[str, object]:
+        """Return what of a cell's swept values belongs to the axes of this arm's grid."""
+        return {axis: swept[axis] for axis in self.grid if axis in swept}
+
+    @property
+    def fixed(self) -> dict[str, object]:
+        """Axes of the grid with one value, which is a setting."""
+        return {axis: values[0] for axis, values in self.grid.items() if len(values) == 1}
 
     def begins_with(self, inherited: Flat) -> dict[str, object]:
         """Return what an inherited winner contributes: all that this arm does not set itself."""
@@ -121,6 +144,8 @@ class Study:
     tuning_budget: Budget | None
     """None tunes at each budget."""
     tuning_fraction: float
+    search: Search
+    """Whether all combinations of a grid are tried, or one axis after the other."""
     extend: int
     """How often a grid is extended where its winner lies on an edge."""
     keep_checkpoints: bool

@@ -2,7 +2,7 @@
 
 [study]   name, question, base, steps | tokens (one or several), seeds, references, keep_checkpoints,
           tokens_per_s
-[tuning]  seed, steps | tokens, fraction, extend
+[tuning]  seed, steps | tokens, fraction, search, extend
 [set]     settings of all cells, by section: relora.rank = 32
 [methods.NAME]  method (default NAME), inherit;  [.set] its settings;  [.grid] lists to tune over;
           [.vary] lists that make an arm of each combination
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.errors import ConfigError
-from relora.lab.study import Arm, Budget, Study
+from relora.lab.study import Arm, Budget, Search, Study
 from relora.lab.study_arms import PLAIN_NAME, Table, read_arms, read_settings
 from relora.train.checks import UnfitError, fitted
 from relora.train.recipe_io import find_recipe, nearest, read_recipe
@@ -36,6 +36,7 @@ _TUNING = {
     "steps": int | None,
     "tokens": int | None,
     "fraction": float,
+    "search": Search,
     "extend": int,
 }
 
@@ -107,6 +108,7 @@ def build_study(tables: Table, *, source: str, subject: str, beside: Path) -> St
         tuning_seed=tuning.get("seed", 1000),
         tuning_budget=tuning_budgets[0] if tuning_budgets else None,
         tuning_fraction=fraction,
+        search=tuning.get("search", "grid"),
         extend=tuning.get("extend", 0),
         keep_checkpoints=head.get("keep_checkpoints", False),
         tokens_per_s=head.get("tokens_per_s"),
@@ -117,9 +119,9 @@ def build_study(tables: Table, *, source: str, subject: str, beside: Path) -> St
     return study
 
 
-def grid_points(arm: Arm) -> list[dict[str, object]]:
-    """Return every combination of an arm's grid; one empty combination where it has none."""
-    return [dict(zip(arm.grid, values, strict=True)) for values in itertools.product(*arm.grid.values())]
+def _points(study: Study, arm: Arm) -> list[dict[str, object]]:
+    """Return every point that an arm's grid names; one empty point where it has none."""
+    return [{**arm.fixed, **point} for points in arm.sweeps(study.search) for point in points] or [arm.fixed]
 
 
 def _table(tables: Table, name: str, problems: list[str]) -> Table:
@@ -183,7 +185,7 @@ def _check_recipes(study: Study, subject: str) -> None:
     first: dict[str, dict[str, object]] = {}
     for arm in study.arms:
         inherited = first.get(arm.inherit, {}) if arm.inherit else {}
-        points = [{**arm.begins_with(inherited), **point} for point in grid_points(arm)]
+        points = [{**arm.begins_with(inherited), **point} for point in _points(study, arm)]
         first[arm.name] = points[0]
         lengths = {*study.budgets, *([study.tuning_budget] if study.tuning_budget else [])}
         for swept, budget in itertools.product(points, lengths):

@@ -7,6 +7,8 @@ from relora.lab.results import ArmResult, arm_results
 from relora.lab.statistics import Difference, Spread
 from relora.lab.values import magnitude, shown
 
+AS_SET = "as set"
+"""Stands for the value that a recipe has where no value of an axis beat it."""
 _MEGA = 1e6
 
 
@@ -50,10 +52,12 @@ def swept(line: ArmResult) -> str:
     if not line.tried:
         return "not swept"
     words = []
-    for axis in line.tried[0].settings:
-        tried = sorted((p.settings[axis] for p in line.tried), key=lambda value: magnitude(value) or 0.0)
-        values = list(dict.fromkeys(map(shown, tried)))
-        won = None if line.choice is None else shown(line.choice.winner.settings[axis])
+    for axis in line.axes:
+        points = [point.settings[axis] for point in line.tried if axis in point.settings]
+        values = list(dict.fromkeys(map(shown, sorted(points, key=lambda value: magnitude(value) or 0.0))))
+        won = None if line.choice is None else shown(line.choice.winner.settings.get(axis, AS_SET))
+        if won == AS_SET:
+            values.append(AS_SET)
         listed = ", ".join(f"[{value}]" if value == won else value for value in values)
         edge = " (edge of grid)" if line.choice is not None and axis in line.choice.edges else ""
         words.append(f"{axis}: {listed}{edge}")
@@ -69,6 +73,9 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
     ]
     if edges:
         found.append(f"edge of grid, so perhaps not the best setting: {'; '.join(edges)}")
+    earlier = sum(bool(cell.get("earlier")) for cell in results["cells"])
+    if earlier:
+        found.append(f"{earlier} cells were kept from earlier starts, perhaps elsewhere: compare no speeds")
     few = sorted({line.arm for line in lines if 0 < len(line.cells) < 3})
     if few:
         found.append(f"fewer than 3 seeds: {', '.join(few)}")
@@ -109,8 +116,9 @@ def how_made(results: Mapping[str, Any]) -> str:
     final = sum(cell["stage"] == "final" and cell["status"] == "finished" for cell in cells)
     tokens = sum(cell.get("tokens") or 0 for cell in cells)
     at = f" at {study['tuning_budget']}" if study["tuning_budget"] else ""
+    by = ", one axis after the other" if study["search"] == "axes" else ""
     tuning = (
-        f"Settings were chosen by {tuned} runs{at} with seed {study['tuning_seed']} on the tuning split. "
+        f"Settings were chosen by {tuned} runs{at} with seed {study['tuning_seed']} on the tuning split{by}. "
         if tuned
         else "No setting was swept. "
     )
