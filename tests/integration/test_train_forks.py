@@ -1,5 +1,6 @@
 """Forks: what may change, what may not, and that nothing is lost or left behind where one is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,17 @@ def test_full_rank_run_can_switch_where_it_is_forked(home: Path) -> None:
 def test_reset_and_dropout_may_change_with_factors_in_place(home: Path) -> None:
     recipe = tiny_recipe(home, relora={"reset": "zero", "dropout": 0.1}, train={"steps": 15})
     assert fit(recipe, fork="reset").summary["steps"] == 15
+
+
+def test_the_same_fork_again_goes_on_where_it_stands(home: Path) -> None:
+    recipe = tiny_recipe(home, train={"steps": 16})
+    begun = fit(recipe, fork="again")
+    newest = begun.folder / "checkpoints" / "step-00000016"
+    shutil.rmtree(newest)  # as if it had been killed before its last save
+    again = fit(recipe, fork="again")
+    assert again.folder == begun.folder and newest.is_dir()
+    assert again.summary["eval/loss"] == begun.summary["eval/loss"]
+    with pytest.raises(ConfigError, match=r"train\.steps was 16, is 18"):
+        fit(tiny_recipe(home, train={"steps": 18}), fork="again")
+    with pytest.raises(ConfigError, match="exists"):  # a run, but no fork of this one
+        fit(recipe, fork="full")

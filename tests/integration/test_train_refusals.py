@@ -1,11 +1,14 @@
 """What cannot work is refused before the first step, and a run that never began is in nobody's way."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from relora.errors import ConfigError, DataError
 from relora.train.fit import fit
+from relora.train.recipe_io import write_recipe
 from tiny_run import tiny_recipe
 
 
@@ -54,3 +57,18 @@ def test_small_run_is_not_said_to_have_no_parameters_or_tokens(
     fit(tiny_recipe(tmp_path, run={"method": "full"}, train={"steps": 3}))
     shown = capsys.readouterr().err
     assert "full: 24.9 k parameters, 3 steps" in shown and "0.0 M" not in shown
+
+
+def test_setting_without_effect_is_said_in_a_line_of_the_command(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, relora={"residual_every": 2}, train={"steps": 7})
+    write_recipe(recipe, tmp_path / "tiny.toml")
+    command = [sys.executable, "-m", "relora", "train", str(tmp_path / "tiny.toml")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "relora: warning: residual_every has no effect with residual='none'" in ran.stderr
+    assert ".py:" not in ran.stderr
+
+
+def test_lora_says_what_it_leaves_idle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"run": {"method": "lora"}, "relora": {"reset": "zero"}}
+    fit(tiny_recipe(tmp_path, train={"steps": 7}, **changes))
+    assert "without restarts these have no effect: relora.reset 'zero'" in capsys.readouterr().err

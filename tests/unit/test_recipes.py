@@ -281,7 +281,19 @@ def test_recipe_built_by_hand_checks_types_too():
         ({"relora": {"warm_start_steps": 10_000}}, "relora.warm_start_steps must be less than the"),
         ({"relora": {"warm_start_steps": 9_500}}, "relora.restart_every must be at most the 500 steps"),
         ({"relora": {"restart_every": 20_000}}, "relora.restart_every must be at most the 10000 steps"),
-        ({"schedule": {"rewarmup_steps": 1001}}, "schedule.rewarmup_steps must be at most relora"),
+        ({"schedule": {"rewarmup_steps": 1000}}, "schedule.rewarmup_steps must be less than the 1000 steps"),
+        (
+            {"schedule": {"rewarmup_steps": 300}, "relora": {"restart_every": 400, "restart_growth": 0.7}},
+            "schedule.rewarmup_steps must be less than the",
+        ),
+        (
+            {"train": {"compile": True}, "relora": {"factors": "B", "residual": "sign"}},
+            "train.compile must be false with relora.residual 'sign'",
+        ),
+        (
+            {"train": {"compile": True}, "relora": {"init": "gradient"}},
+            "train.compile must be false with relora.init 'gradient'",
+        ),
         ({"schedule": {"warmup_steps": 10_000}}, "schedule.warmup_steps must be less than the 10000 steps"),
         ({"schedule": {"min_ratio": 1.1}}, "schedule.min_ratio must be at least 0 and at most 1, not 1.1"),
         ({"optim": {"low_rank_lr": 0}}, "optim.low_rank_lr must be above 0, not 0"),
@@ -506,3 +518,10 @@ recipes = st.builds(
 @given(recipe=recipes)
 def test_recipe_survives_the_way_to_toml_and_back(recipe):
     assert resolve(tomllib.loads(recipe_toml(recipe))) == recipe
+
+
+def test_settings_that_lora_leaves_idle_are_named():
+    given = {"factors": "B", "residual": "sign", "reset": "none", "rank": 8}
+    assert resolve({"run": {"method": "lora"}, "relora": given}).idle_settings == ["reset", "residual"]
+    assert resolve({"relora": given}).idle_settings == []
+    assert resolve({"run": {"method": "full"}, "relora": given}).idle_settings == []

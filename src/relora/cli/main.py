@@ -6,8 +6,10 @@ SIGTERM after a good save (1: anything else of ours). Errors that are not ours k
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from relora import __version__
 from relora.cli.output import HelpShown, print_json, process_prefix
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _dispatch(words)
         sys.stdout.flush()
     except HelpShown:
         return 0
@@ -57,6 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return code
+
+
+def _show_warning(  # noqa: PLR0917 - as `warnings` calls it
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning in one line: where in the code it was given is of no use on a command line."""
+    del category, filename, lineno, line
+    print(f"relora: warning: {message}", file=file or sys.stderr)
 
 
 def exit_code(error: ReLoRAError) -> int:

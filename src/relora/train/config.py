@@ -117,6 +117,7 @@ class Recipe:
             ),
             *self._tokenizer_violations(),
             *(self._rank_violations() if low_rank else []),
+            *(self._compile_violations() if self.spec.restarts else []),
         ]
 
     def _length_violations(self) -> list[str]:
@@ -129,6 +130,7 @@ class Recipe:
             return [f"train.tokens must be at least the {self.tokens_per_step} of one step, not {given}"]
         warm_start, cycle = self.relora.warm_start_steps, self.relora.restart_every
         warmup, rewarmup = self.schedule.warmup_steps, self.schedule.rewarmup_steps
+        shortest = _shortest_cycle(cycle, self.relora.restart_growth, steps - warm_start)
         low_rank = self.spec.has_switch
         restarts = self.spec.restarts and warm_start < steps
         length = f"the {steps} steps of the run"
@@ -144,10 +146,30 @@ class Recipe:
                 f"not {cycle}",
             ),
             (
-                rewarmup <= cycle or not restarts,
-                f"schedule.rewarmup_steps must be at most relora.restart_every {cycle}, not {rewarmup}",
+                rewarmup < shortest or not (rewarmup and restarts),
+                f"schedule.rewarmup_steps must be less than the {shortest} steps of the shortest cycle "
+                f"(relora.restart_every, restart_growth), not {rewarmup}: a cycle must outlast its ramp",
             ),
         )
+
+    def _compile_violations(self) -> list[str]:
+        """Refuse what needs to see the base's gradient together with a compiled model, which hides it."""
+        if not self.train.compile:
+            return []
+        watching = {"residual": self.relora.residual, "init": self.relora.factor_init}
+        return [
+            f"train.compile must be false with relora.{name} {value!r}, which sees gradients in eager mode"
+            for name, value in watching.items()
+            if value in ("sign", "column", "gradient")
+        ]
+
+    @property
+    def idle_settings(self) -> list[str]:
+        """[relora] settings that were given in vain, since run.method has factors but no restarts."""
+        if not self.spec.has_switch or self.spec.restarts:
+            return []
+        default = ReLoRASection()
+        return [name for name in _OF_RESTARTS if getattr(self.relora, name) != getattr(default, name)]
 
     def _tokenizer_violations(self) -> list[str]:
         origin = self.model.init_from
@@ -175,6 +197,22 @@ class Recipe:
         reason = f"every target layer has a side of model.{name} {side}"
         return [f"relora.rank must be less than {side}, not {self.relora.rank}: {reason}"]
 
+
+def _shortest_cycle(first: int, growth: float, steps: int) -> int:
+    """Return the length of the shortest whole cycle within so many steps; the first where none is whole."""
+    if not (first >= 1 and 0 < growth < 1):
+        return first
+    shortest, ideal = first, first * growth
+    steps -= first
+    while steps >= (length := max(1, round(ideal))):
+        shortest, ideal, steps = length, ideal * growth, steps - length
+    return shortest
+
+
+_OF_RESTARTS = (
+    *("restart_growth", "reset", "reset_ratio", "reset_mask", "reset_step_count"),
+    *("residual", "residual_scale", "residual_every"),
+)
 
 SECTIONS: dict[str, Any] = {part.name: part.type for part in fields(Recipe)}
 """The section classes of a recipe by name, in the order in which they are written."""

@@ -74,6 +74,9 @@ class Reporter:
             f"{recipe.run.method}: {count(num_parameters(model))} parameters, {recipe.total_steps} "
             f"steps of {recipe.tokens_per_step} tokens, {precision}"
         )
+        if idle := recipe.idle_settings:
+            listed = ", ".join(f"relora.{name} {getattr(recipe.relora, name)!r}" for name in idle)
+            self.say(f"without restarts these have no effect: {listed}")
         self.say(
             f"data: {count(len(data.train_tokens))} training and {count(len(data.heldout_tokens))} "
             f"held-out tokens, {data.bytes_per_token:.2f} bytes each"

@@ -115,7 +115,8 @@ def open_run(
         recipe: What to run; its folder is run.out / run.name.
         held: Takes the run's lock, and lets go of it when it is closed.
         overwrite: Remove the run that is there first.
-        fork: Name of a new run to begin from this one's newest checkpoint, with `recipe` as it is now.
+        fork: Name of a new run to begin from this one's newest checkpoint, with `recipe` as it is now; where
+            that fork has begun already, it is reopened.
 
     Raises:
         ConfigError: if the folder is not a run, cannot be one, or holds a run of another recipe.
@@ -125,7 +126,7 @@ def open_run(
     wanted = recipe if fork is None else replace(recipe, run=replace(recipe.run, name=fork))
     folder = wanted.run.folder
     with _worded(folder):
-        if fork is not None:
+        if fork is not None and (overwrite or not _is_fork_of(folder, recipe.run.folder)):
             _refuse_fork(recipe, wanted, overwrite=overwrite)
         _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +225,18 @@ def _refuse_headless_fork(folder: Path, problems: list[str]) -> None:
             f"checkpoint it began from is not valid: {'; '.join(problems) or 'it is missing'}. "
             "Fork again with --overwrite"
         )
+
+
+def _is_fork_of(folder: Path, source: Path) -> bool:
+    """Tell whether a folder is a run that began as a fork of another."""
+    origin = folder / FORKED_FROM
+    if not ((folder / RECIPE).is_file() and origin.is_file()):
+        return False
+    try:
+        found = json.loads(origin.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("run") == str(source)
 
 
 def _refuse_fork(recipe: Recipe, wanted: Recipe, *, overwrite: bool) -> None:
