@@ -25,6 +25,12 @@ METHODS = {
     "full": {},
     "lora": {},
     "relora": {},
+    "relora muon": {"optim": {"factor_optimizer": "muon", "rest_beta2": 0.9}},
+    "relora muon transport": {
+        "optim": {"factor_optimizer": "muon", "rest_lr_multiples": [0.5, 2.0, 1.0]},
+        "relora": {"factors": "B", "reset": "transport", "residual": "sign", "scaling_rule": "learned"},
+    },
+    "lora muon": {"optim": {"factor_optimizer": "muon"}},
     "full-muon": {"method": {"adamw_lr": 2e-3}},
     "control": {},
     "galore": {"method": {"refresh_every": 3}},
@@ -179,6 +185,17 @@ def test_each_defect_changes_the_run_and_is_seen_in_it(train, tmp_path, defect):
         assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
     elif defect == "late_merge":
         assert first_bad["step"] == 8
+
+
+def test_muon_holds_one_state_for_each_factor_and_its_restarts_say_so(train):
+    by_adamw, by_muon = (lines(train(name) / "restarts.jsonl")[0] for name in ("relora", "relora muon"))
+    assert by_muon["num_states"] * 2 == by_adamw["num_states"]
+    assert by_muon["entries_zeroed"] * 2 == by_adamw["entries_zeroed"]
+    carried = lines(train("relora muon transport") / "restarts.jsonl")[0]
+    assert carried["entries_carried"] > 0
+    keys = final(train("relora muon transport"))["optimizer"]
+    assert {k.rpartition("/")[2] for k in keys if "lora_B" in k} == {"momentum_buffer"}
+    assert {k.rpartition("/")[2] for k in keys if "scaling" in k} == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_switched_vectors_are_counted(train):

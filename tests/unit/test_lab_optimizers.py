@@ -14,10 +14,10 @@ from reference.subspace_adam import galore_run
 from relora import ReLoRAConfig, inject
 from relora.lab.methods.control import control_sizes
 from relora.lab.methods.galore import GaLoreAdam, leading_directions
-from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.switchlora import SwitchLoRA, VectorAdam
 from relora.method.linear import lora_layers
 from relora.train.architecture import ModelConfig, llama_config
+from relora.train.joint import JointOptimizer
 from relora.train.methods import MethodOptions, MethodSpec, load_method, register_method
 from relora.train.phase import Plan
 from tiny_run import tiny_recipe

@@ -116,6 +116,7 @@ class Recipe:
                 )
             ),
             *self._tokenizer_violations(),
+            *self._factor_optimizer_violations(),
             *(self._rank_violations() if low_rank else []),
         ]
 
@@ -147,6 +148,17 @@ class Recipe:
                 rewarmup <= cycle or not restarts,
                 f"schedule.rewarmup_steps must be at most relora.restart_every {cycle}, not {rewarmup}",
             ),
+        )
+
+    def _factor_optimizer_violations(self) -> list[str]:
+        # Without effect, like the [relora] section, where there are no factors.
+        fits = self.optim.factor_optimizer == "adamw" or not self.spec.injects
+        return unmet(
+            (
+                fits or self.spec.takes_factor_optimizer,
+                f'optim.factor_optimizer must be "adamw" with run.method {self.run.method!r}, not '
+                f"{self.optim.factor_optimizer!r}",
+            )
         )
 
     def _tokenizer_violations(self) -> list[str]:

@@ -13,11 +13,12 @@ from relora.checkpoint.store import load_checkpoint
 from relora.data.prepare import PreparedData
 from relora.method.targets import choose_targets
 from relora.train.folders import empty_model
+from relora.train.groups import PhaseName
 from relora.train.guard import Past
 from relora.train.methods import load_method
 from relora.train.model import build_model
 from relora.train.parallel import Processes
-from relora.train.phase import PhaseName, Plan, free_gradients_, method_config
+from relora.train.phase import Plan, free_gradients_, method_config
 from relora.train.precision import Resolved, resolve_precision
 from relora.train.run_folder import OpenedRun, refuse_other_settings
 from relora.train.saved import MODEL_CONFIG, TOKENIZER

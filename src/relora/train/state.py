@@ -21,7 +21,8 @@ from relora.checkpoint.store import LoadedCheckpoint
 from relora.checkpoint.strict_json import listed, shown
 from relora.checkpoint.values import decode, encode
 from relora.errors import CheckpointError, NonFiniteError
-from relora.train.phase import Optimizer, PhaseName
+from relora.train.groups import PhaseName
+from relora.train.phase import Optimizer
 from relora.train.precision import Resolved
 from relora.train.training_method import TrainingMethod
 from relora.train.watch import RestartWatch

@@ -22,7 +22,9 @@ from relora.errors import OptimizerResetError
 from relora.method.restart import ReLoRA
 from relora.method.restart_report import RestartReport
 from relora.train.config import Recipe
-from relora.train.phase import Optimizer, PhaseName, Plan, build_optimizer, inject_factors, method_config
+from relora.train.groups import PhaseName
+from relora.train.joint import JointOptimizer
+from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config
 
 
 class TrainingMethod:
@@ -73,7 +75,7 @@ class TrainingMethod:
 
 
 class LowRank(TrainingMethod):
-    """Factors beside frozen weights, trained by one AdamW together with what stays at full rank."""
+    """Factors beside frozen weights, trained beside what stays at full rank."""
 
     def switch_(self, model: nn.Module) -> str:
         """Put the factors in."""
@@ -91,7 +93,7 @@ class Restarting(LowRank):
         """Make what restarts an injected model; before the switch there is none."""
         self.restarter = ReLoRA(
             model,
-            optimizer,
+            optimizer.parts if isinstance(optimizer, JointOptimizer) else optimizer,
             method_config(self.recipe),
             seed=self.recipe.run.seed,
             start=self.plan.switch_step or 0,
