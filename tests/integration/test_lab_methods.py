@@ -28,7 +28,13 @@ METHODS = {
     "relora muon": {"optim": {"factor_optimizer": "muon", "rest_beta2": 0.9}},
     "relora muon transport": {
         "optim": {"factor_optimizer": "muon", "rest_lr_multiples": [0.5, 2.0, 1.0]},
-        "relora": {"factors": "B", "reset": "transport", "residual": "sign", "scaling_rule": "learned"},
+        "relora": {
+            "factors": "B",
+            "reset": "transport",
+            "residual": "sign",
+            "residual_layers": 3,
+            "scaling_rule": "learned",
+        },
     },
     "lora muon": {"optim": {"factor_optimizer": "muon"}},
     "full-muon": {"method": {"adamw_lr": 2e-3}},

@@ -14,8 +14,13 @@ lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kapp
   of the sum (signSGD with majority vote, Bernstein et al. 2018). Not its mean: the mean shrinks as
   votes cancel, and a step's size must not depend on how a batch is cut. A tie moves nothing. Votes are int8:
   1 byte a weight.
-- "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 (SCALE's normalisation).
+- "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 over its outputs (SCALE
+  normalises likewise, but a linear layer's gradient along the other side).
   The sum is kept in bf16: 2 bytes a weight.
+
+`residual_layers` takes a few layers a step. A round shuffles all layers by (seed, round) and deals them out,
+so that each has its turn once a round; turns are a pure function of the step. The step is not made larger for
+the turns that a layer waits: that would be residual_scale times their number, so residual_scale says it.
 
 Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again, as
 full rank pays; 4 * out * in * rank a micro batch for the projection; x kept for the backward, as at full
@@ -38,6 +43,7 @@ from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear
 from relora.method.ranks import num_ranks, sum_over_ranks_
+from relora.method.seeds import derived_generator
 
 _INT8_MAX = 127
 
@@ -124,6 +130,7 @@ class LayerObserver:
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
         self.layer = layer
         self.num_passes = 0
+        self.num_rows = 0
         self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
         self._residual = residual
         self._held: Tensor | None = None
@@ -148,10 +155,17 @@ class LayerObserver:
             self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)
         self.num_non_finite = self.num_non_finite.to(bad.device) + bad
         self.num_passes += 1
+        self.num_rows += len(x)
 
     def shared(self) -> Tensor:
         """Return what is held as this rank hands it to the others."""
         return self._residual.to_share(self.held, num_ranks())
+
+    @property
+    def flops(self) -> int:
+        """What looking has cost so far: G, and its projection out of lora_A's rows."""
+        weights = self.layer.out_features * self.layer.in_features
+        return 2 * weights * (self.num_rows + 2 * self.layer.config.rank * self.num_passes)
 
     def move_base_(self, held: Tensor, size: float | Tensor) -> LayerComplement:
         """Subtract `size` times the direction of what all ranks hold from the base, at merge precision.
@@ -174,6 +188,9 @@ class LayerObserver:
         return LayerComplement(
             name=layer.name,
             entries=held.numel(),
+            flops=self.flops,
+            held_bytes=self.held.nbytes,
+            shared_bytes=held.nbytes if num_ranks() > 1 else 0,
             moved=moved,
             square=square,
             non_finite=self.num_non_finite,
@@ -186,33 +203,55 @@ class Complement:
     Args:
         layers: All layers.
         config: With a `residual` other than "none".
+        seed: Root of the order in which layers take their turn.
     """
 
-    def __init__(self, layers: Sequence[LoRALinear], config: ReLoRAConfig) -> None:
+    def __init__(self, layers: Sequence[LoRALinear], config: ReLoRAConfig, *, seed: int) -> None:
         self._layers = layers
         self._config = config
+        self._seed = seed
         self._observers: list[LayerObserver] = []
+        self._num_unseen = 0
 
     def observers(self, steps_done: int) -> list[LayerObserver]:
-        """Return the layers' observers of the step that follows, none where it is not the k-th; what was
-        held of an earlier step is dropped.
+        """Return the observers of the step that follows, none where it is not the k-th; what was held of an
+        earlier step is dropped.
         """
-        is_due = (steps_done + 1) % self._config.residual_every == 0
+        index, left_over = divmod(steps_done + 1, self._config.residual_every)
         residual = RESIDUALS[self._config.residual]
-        self._observers = [LayerObserver(layer, residual) for layer in self._layers] if is_due else []
+        layers = [] if left_over else self._in_turn(index - 1)
+        self._observers = [LayerObserver(layer, residual) for layer in layers]
         return self._observers
+
+    @property
+    def _num_turns(self) -> int:
+        return -(-len(self._layers) // (self._config.residual_layers or len(self._layers)))
+
+    def _in_turn(self, index: int) -> list[LoRALinear]:
+        """Return the layers of an observed step, counted from 0, in the order of the model."""
+        if self._num_turns == 1:
+            return list(self._layers)
+        lap, turn = divmod(index, self._num_turns)
+        generator = derived_generator(self._seed, lap, "complement order")
+        order = torch.randperm(len(self._layers), generator=generator, device="cpu").tolist()
+        return [self._layers[position] for position in sorted(order[turn :: self._num_turns])]
 
     def drop(self) -> None:
         """Forget what was observed of the step; nothing moves by it."""
         self._observers = []
 
     def refuse_unseen(self, step: int) -> None:
-        """Refuse an observed step of which nothing was seen.
+        """Refuse an observed step of which nothing was seen. Where layers take turns, those of some turns may
+        be experts that nothing was routed to; so many turns in a row hold every layer.
 
         Raises:
             ConfigError: saying why that may be.
         """
-        if self._observers and not any(observer.num_passes for observer in self._observers):
+        if not self._observers:
+            return
+        is_seen = any(observer.num_passes for observer in self._observers)
+        self._num_unseen = 0 if is_seen else self._num_unseen + 1
+        if self._num_unseen >= 2 * self._num_turns - 1:
             raise ConfigError(
                 f"step {step}: residual={self._config.residual!r} saw no backward pass through any of "
                 f"{len(self._layers)} layers. Was the forward pass made before ReLoRA was built or before "

@@ -69,6 +69,8 @@ class ReLoRAConfig:
     """Size of the residual's step, over that of the factors."""
     residual_every: int = 1
     """Every how many steps the residual is observed and stepped on, counted from the step of injection."""
+    residual_layers: int | None = None
+    """How many layers such a step takes, in turn and in a seeded order anew in each round; None takes all."""
     restart_growth: float = 1.0
     """Cycle k lasts round(restart_every * restart_growth^k) steps."""
     merge_precision: MergePrecision = "float32"
@@ -138,6 +140,11 @@ class ReLoRAConfig:
             *_choice("residual", self.residual, get_args(Residual)),
             *_number("residual_scale", self.residual_scale, above=0.0),
             *_integer("residual_every", self.residual_every, least=1),
+            *(
+                []
+                if self.residual_layers is None
+                else _integer("residual_layers", self.residual_layers, least=1)
+            ),
             *_number("restart_growth", self.restart_growth, above=0.0),
             *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
             *_choice("base_dtype", self.base_dtype, get_args(BaseDtype)),
