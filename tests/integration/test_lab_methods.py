@@ -38,6 +38,7 @@ METHODS = {
     },
     "lora muon": {"optim": {"factor_optimizer": "muon"}},
     "full-muon": {"method": {"adamw_lr": 2e-3}},
+    "full-scale": {"method": {"adamw_lr": 5e-3}, "optim": {"lr": 2e-3}},
     "control": {},
     "galore": {"method": {"refresh_every": 3}},
     "galore cold randomised": {"method": {"refresh_every": 3, "projector": "randomised"}, "relora": COLD},

@@ -125,6 +125,17 @@ def test_the_papers_recipe_is_rank_128_alpha_32_with_magnitude_pruning() -> None
         ReLoRAConfig.paper(rank=0)
 
 
+def test_the_preset_beyond_the_paper_is_one_sided_and_resets_nothing() -> None:
+    beyond = ReLoRAConfig.beyond(rank=32)
+    assert (beyond.rank, beyond.factors, beyond.scaling_rule, beyond.factor_init) == (
+        *(32, "B", "matched", "orthonormal"),
+    )
+    assert (beyond.reset, beyond.restart_every, beyond.residual) == ("none", 50, "sign")
+    assert ReLoRAConfig.beyond(rank=4, init="cover").init == "cover"
+    with pytest.raises(ConfigError, match="residual"):
+        ReLoRAConfig.beyond(rank=4, factors="both")
+
+
 def test_a_frozen_lora_A_is_orthonormal_whatever_init_says() -> None:
     assert ReLoRAConfig(factors="B", init="kaiming").factor_init == "orthonormal"
     assert ReLoRAConfig(factors="both", init="kaiming").factor_init == "kaiming"

@@ -115,6 +115,31 @@ class ReLoRAConfig:
         }
         return cls(**(recipe | changes))
 
+    @classmethod
+    def beyond(cls, *, rank: int, **changes: Any) -> Self:
+        """Return this project's recipe beyond the paper's: cold, one-sided, with a step on the complement.
+
+        lora_B alone trains, at full rank's learning rate; nothing is reset, no ramp follows a restart, and
+        what lora_A cannot see moves by its sign. Provisional: no study with seeds has chosen it yet
+        (docs/beyond.md, experiments/beyond-parts).
+
+        Args:
+            rank: A quarter of the model's width, to begin with.
+            **changes: Fields to set otherwise.
+
+        Raises:
+            ConfigError: if a changed field is out of range.
+        """
+        recipe: dict[str, Any] = {
+            "factors": "B",
+            "scaling_rule": "matched",
+            "init": "orthonormal",
+            "reset": "none",
+            "restart_every": 50,
+            "residual": "sign",
+        }
+        return cls(rank=rank, **(recipe | changes))
+
     @property
     def factor_init(self) -> FactorInit:
         """The initialisation in force: a frozen lora_A is always row-orthonormal."""

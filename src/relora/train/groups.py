@@ -83,7 +83,7 @@ def rest_groups(
         ConfigError: if the head is tied to an embedding and its multiple another.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = _head_weights(model)
+    head = head_weights(model)
     for_embeddings, for_head, for_vectors = optim.rest_lr_multiples
     if embeddings & head and for_embeddings != for_head:
         raise ConfigError(
@@ -115,7 +115,8 @@ def rest_groups(
     return list(groups.values())
 
 
-def _head_weights(model: nn.Module) -> set[int]:
+def head_weights(model: nn.Module) -> set[int]:
+    """Return the id of the output head's weight, as the model declares it; empty where it declares none."""
     declare = getattr(model, "get_output_embeddings", None)
     head = declare() if callable(declare) else None
     return {id(head.weight)} if isinstance(head, nn.Module) and hasattr(head, "weight") else set()
