@@ -37,6 +37,8 @@ METHODS = {
         },
     },
     "lora muon": {"optim": {"factor_optimizer": "muon"}},
+    "relora sign start": {"relora": {"warm_start_kind": "sign", "warm_start_scale": 0.5}},
+    "lora column start": {"relora": {"warm_start_kind": "column"}, "optim": {"weight_decay": 0.1}},
     "full-muon": {"method": {"adamw_lr": 2e-3}},
     "full-scale": {"method": {"adamw_lr": 5e-3}, "optim": {"lr": 2e-3}},
     "control": {},
@@ -203,6 +205,19 @@ def test_muon_holds_one_state_for_each_factor_and_its_restarts_say_so(train):
     keys = final(train("relora muon transport"))["optimizer"]
     assert {k.rpartition("/")[2] for k in keys if "lora_B" in k} == {"momentum_buffer"}
     assert {k.rpartition("/")[2] for k in keys if "scaling" in k} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("name", ["relora sign start", "lora column start"])
+def test_a_warm_start_without_state_moves_the_targets_and_keeps_nothing_of_them(train, name):
+    start = load_checkpoint(train(name) / "checkpoints" / "step-00000004").tensors
+    usual = load_checkpoint(train("relora") / "checkpoints" / "step-00000004").tensors
+    targets = {key for key in start["model"] if "_proj.weight" in key}
+    assert start["model"].keys() == usual["model"].keys() and len(targets) == 14
+    assert all(not torch.equal(start["model"][key], usual["model"][key]) for key in targets)
+    stateful = {key.partition("/")[0] for key in start["optimizer"]}
+    assert stateful.isdisjoint(targets) and "lm_head.weight" in stateful
+    losses = [line["train/loss"] for line in lines(train(name) / "metrics.jsonl")]
+    assert losses[3] < losses[0]
 
 
 def test_switched_vectors_are_counted(train):

@@ -32,169 +32,37 @@ Entries that are not finite cast no vote. A row of G with one such entry has no 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from relora.errors import ConfigError
-from relora.method.complement_report import ComplementReport, LayerComplement
+from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear
-from relora.method.ranks import num_ranks, sum_over_ranks_
+from relora.method.ranks import sum_over_ranks_
+from relora.method.residuals import RESIDUALS, GradientObserver, Residual
 from relora.method.seeds import derived_generator
 
-_INT8_MAX = 127
 
-
-class Residual(Protocol):
-    """How the complement's gradients of a step are held and what direction comes of them."""
-
-    dtype: torch.dtype
-    """Of what is held, one element a weight."""
-
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add rows of one backward pass, after `num_before` others."""
-
-    def to_share(self, held: Tensor, world_size: int) -> Tensor:
-        """Return what may be summed over so many ranks."""
-
-    def scale(self, held: Tensor) -> Tensor:
-        """Return what `direction` needs to know of the whole matrix, broadcastable to its rows."""
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return D for rows of what is held, in float32."""
-
-
-class SignVotes:
-    """The sign of the sum of signs, an int8 each."""
-
-    dtype = torch.int8
-
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add votes; they saturate at 127, far from the tie that would decide."""
-        if num_before >= _INT8_MAX:
-            held.clamp_(1 - _INT8_MAX, _INT8_MAX - 1)
-        held.add_(perp.sign().to(self.dtype))
-
-    def to_share(self, held: Tensor, world_size: int) -> Tensor:
-        """Return votes that cannot overflow: each rank's saturate at 127 / world_size, above which a rank
-        with that many micro batches counts as unanimous.
-        """
-        if world_size > _INT8_MAX:
-            return held.sign().to(torch.int32)
-        limit = _INT8_MAX // world_size
-        return held.clamp_(-limit, limit)
-
-    def scale(self, held: Tensor) -> Tensor:
-        """Return 1."""
-        return torch.ones((), dtype=torch.float32, device=held.device)
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return -1, 0 or 1."""
-        return held.sign() * scale
-
-
-class ColumnSum:
-    """The sum of gradients with columns of RMS 1, in bf16."""
-
-    dtype = torch.bfloat16
-
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add gradients."""
-        del num_before
-        held.add_(perp)
-
-    def to_share(self, held: Tensor, world_size: int) -> Tensor:
-        """Return the sum as it is."""
-        del world_size
-        return held
-
-    def scale(self, held: Tensor) -> Tensor:
-        """Return 1 over the RMS of each column; 0 for a column of zeros."""
-        norms = torch.linalg.vector_norm(held, dim=0, dtype=torch.float32)
-        return torch.where(norms > 0, math.sqrt(len(held)) / norms, 0)
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return the scaled rows."""
-        return held * scale
-
-
-RESIDUALS: dict[str, Residual] = {"sign": SignVotes(), "column": ColumnSum()}
-
-
-class LayerObserver:
+class LayerObserver(GradientObserver):
     """What one layer's backward passes of one step leave of G_perp."""
 
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
+        super().__init__(layer, residual)
         self.layer = layer
-        self.num_passes = 0
-        self.num_rows = 0
-        self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._residual = residual
-        self._held: Tensor | None = None
 
-    @property
-    def held(self) -> Tensor:
-        """Votes or sums so far, (out_features, in_features); zeros if there was no backward pass."""
-        if self._held is None:
-            shape = (self.layer.out_features, self.layer.in_features)
-            self._held = torch.zeros(shape, dtype=self._residual.dtype, device=self.layer.weight.device)
-        return self._held
-
-    def observe(self, x: Tensor, gradient: Tensor) -> None:
-        """Add one backward pass."""
+    def _wanted(self, block: Tensor) -> Tensor:
         lora_A = self.layer.lora_A.detach()
-        bad = torch.zeros((), dtype=torch.int64, device=gradient.device)
-        for rows in self.layer.row_blocks():
-            block = (gradient[:, rows].T @ x).to(lora_A.dtype)
-            block -= (block @ lora_A.T) @ lora_A
-            is_bad = ~block.isfinite()
-            bad += is_bad.sum()
-            self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)
-        self.num_non_finite = self.num_non_finite.to(bad.device) + bad
-        self.num_passes += 1
-        self.num_rows += len(x)
-
-    def shared(self) -> Tensor:
-        """Return what is held as this rank hands it to the others."""
-        return self._residual.to_share(self.held, num_ranks())
+        block = block.to(lora_A.dtype)
+        return block - (block @ lora_A.T) @ lora_A
 
     @property
     def flops(self) -> int:
         """What looking has cost so far: G, and its projection out of lora_A's rows."""
         weights = self.layer.out_features * self.layer.in_features
-        return 2 * weights * (self.num_rows + 2 * self.layer.config.rank * self.num_passes)
-
-    def move_base_(self, held: Tensor, size: float | Tensor) -> LayerComplement:
-        """Subtract `size` times the direction of what all ranks hold from the base, at merge precision.
-
-        Besides merges the only place that writes a base. What it reports is read back from the base.
-        """
-        layer = self.layer
-        scale = self._residual.scale(held)
-        moved = torch.zeros((), dtype=torch.int64, device=held.device)
-        square = torch.zeros((), dtype=torch.float32, device=held.device)
-        layer.drop_stale_residual_()
-        for rows in layer.row_blocks():
-            before = layer.master_rows(rows).clone()
-            step = self._residual.direction(held[rows], scale).to(before.dtype) * size
-            layer.write_master_rows_(rows, before - step)
-            change = layer.master_rows(rows) - before
-            moved += change.count_nonzero()
-            square += change.float().square().sum()
-        layer.claim_residual_()
-        return LayerComplement(
-            name=layer.name,
-            entries=held.numel(),
-            flops=self.flops,
-            held_bytes=self.held.nbytes,
-            shared_bytes=held.nbytes if num_ranks() > 1 else 0,
-            moved=moved,
-            square=square,
-            non_finite=self.num_non_finite,
-        )
+        return super().flops + 4 * weights * self.layer.config.rank * self.num_passes
 
 
 class Complement:
@@ -276,7 +144,7 @@ class Complement:
         passes = torch.tensor(counts, device="cpu").to(shared[0].device)
         sum_over_ranks_([passes, *shared])
         layers = tuple(
-            observer.move_base_(held, self._size(observer.layer, lrs[id(observer.layer.lora_B)]))
+            observer.move_(held, self._size(observer.layer, lrs[id(observer.layer.lora_B)]))
             for observer, held in zip(self._observers, shared, strict=True)
         )
         return ComplementReport(step=step, residual=self._config.residual, layers=layers, passes=passes)

@@ -116,7 +116,7 @@ class Recipe:
                 )
             ),
             *self._tokenizer_violations(),
-            *self._factor_optimizer_violations(),
+            *self._variant_violations(),
             *(self._rank_violations() if low_rank else []),
         ]
 
@@ -150,15 +150,24 @@ class Recipe:
             ),
         )
 
-    def _factor_optimizer_violations(self) -> list[str]:
-        # Without effect, like the [relora] section, where there are no factors.
-        fits = self.optim.factor_optimizer == "adamw" or not self.spec.injects
+    def _variant_violations(self) -> list[str]:
+        """Compare what varies the trainer's own low-rank methods with the method."""
+        method, kind, optimizer = self.run.method, self.relora.warm_start_kind, self.optim.factor_optimizer
+        is_observed = self.spec.has_switch and kind != "adamw" and self.relora.warm_start_steps > 0
+        # Without effect, like the rest of [relora], where there are no factors or no switch.
         return unmet(
             (
-                fits or self.spec.takes_factor_optimizer,
-                f'optim.factor_optimizer must be "adamw" with run.method {self.run.method!r}, not '
-                f"{self.optim.factor_optimizer!r}",
-            )
+                optimizer == "adamw" or not self.spec.injects or self.spec.takes_variants,
+                f'optim.factor_optimizer must be "adamw" with run.method {method!r}, not {optimizer!r}',
+            ),
+            (
+                not is_observed or self.spec.takes_variants,
+                f'relora.warm_start_kind must be "adamw" with run.method {method!r}, not {kind!r}',
+            ),
+            (
+                not is_observed or not self.train.compile,
+                f"train.compile must be false with relora.warm_start_kind {kind!r}, which observes gradients",
+            ),
         )
 
     def _tokenizer_violations(self) -> list[str]:

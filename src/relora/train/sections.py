@@ -15,6 +15,7 @@ from relora.train.methods import unknown_method
 Precision = Literal["auto", "fp32", "bf16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 FactorOptimizer = Literal["adamw", "muon"]
+WarmStartKind = Literal["adamw", "sign", "column"]
 NonFinitePolicy = Literal["stop", "skip", "rollback"]
 
 _FOLDER_NAME = re.compile(r"[\w.+=@-][\w.+=@ -]*")
@@ -55,6 +56,11 @@ class ReLoRASection(ReLoRAConfig):
 
     warm_start_steps: int = 0
     """Steps at full rank before the switch to low rank; 0 starts cold, with factors from the first step."""
+    warm_start_kind: WarmStartKind = "adamw"
+    """What trains the target matrices in the warm start: "adamw", or without optimizer state and gradient
+    "sign" or "column" steps, as those of `residual`. run.method "relora" and "lora" only."""
+    warm_start_scale: float = 1.0
+    """Size of a warm start's "sign" or "column" steps, over optim.lr."""
 
     def __post_init__(self) -> None:
         """Leave the complaints to the recipe, which gives them together with those of other sections."""
@@ -64,7 +70,13 @@ class ReLoRASection(ReLoRAConfig):
         steps = self.warm_start_steps
         return [
             *self._violations(),
-            *unmet((steps >= 0, f"warm_start_steps must be at least 0, not {steps}")),
+            *unmet(
+                (steps >= 0, f"warm_start_steps must be at least 0, not {steps}"),
+                (
+                    self.warm_start_scale > 0,
+                    f"warm_start_scale must be above 0, not {self.warm_start_scale:g}",
+                ),
+            ),
         ]
 
 

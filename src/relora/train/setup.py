@@ -88,6 +88,8 @@ def build_state(
         enable_checkpointing_(model)
     cast(nn.Module, model).to(here.device)
     phase: PhaseName = "full" if plan.switch_step is None else "warm_start"
+    if phase == "warm_start" and not low_rank:
+        method.begin_warm_start_(model)
     state = RunState(
         model=model,
         optimizer=method.build_optimizer(model, phase),
