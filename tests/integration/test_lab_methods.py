@@ -39,6 +39,10 @@ METHODS = {
     "lora muon": {"optim": {"factor_optimizer": "muon"}},
     "relora sign start": {"relora": {"warm_start_kind": "sign", "warm_start_scale": 0.5}},
     "lora column start": {"relora": {"warm_start_kind": "column"}, "optim": {"weight_decay": 0.1}},
+    "relora plateau": {
+        "relora": {"warm_start_until": "plateau", "warm_start_steps": 9},
+        "optim": {"lr": 1e-1},
+    },
     "full-muon": {"method": {"adamw_lr": 2e-3}},
     "full-scale": {"method": {"adamw_lr": 5e-3}, "optim": {"lr": 2e-3}},
     "control": {},
@@ -218,6 +222,24 @@ def test_a_warm_start_without_state_moves_the_targets_and_keeps_nothing_of_them(
     assert stateful.isdisjoint(targets) and "lm_head.weight" in stateful
     losses = [line["train/loss"] for line in lines(train(name) / "metrics.jsonl")]
     assert losses[3] < losses[0]
+
+
+def test_a_plateau_ends_the_warm_start_is_recorded_and_taken_alike_on_resume(train, tmp_path, monkeypatch):
+    whole = train("relora plateau")
+    switch = summary_of(whole)["switch"]
+    assert switch["step"] == 8 and 0 <= switch["steepness"] < 0.5
+    told = {line["step"]: line.get("warm_start/steepness") for line in lines(whole / "metrics.jsonl")}
+    assert told == {**dict.fromkeys(range(1, 13)), 8: switch["steepness"]}
+    assert [line["step"] for line in lines(whole / "restarts.jsonl")] == [10]
+    # The checkpoint of the switch itself: the next step is the first at low rank.
+    recipe = tiny(train.root, "relora plateau", run={"name": whole.name, "out": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 9)
+        with pytest.raises(Death):
+            fit(recipe)
+    mine, theirs = final(fit(recipe).folder), final(whole)
+    for part in ("model", "optimizer", "rng"):
+        assert all(torch.equal(value, theirs[part][key]) for key, value in mine[part].items())
 
 
 def test_switched_vectors_are_counted(train):

@@ -111,8 +111,8 @@ class Cell:
     def warm_start(self) -> str | None:
         """What its warm start is a function of; None where there is none to share."""
         recipe = self.recipe
-        if not recipe.switch_step:
-            return None
+        if not recipe.switch_step or recipe.relora.warm_start_until != "steps":
+            return None  # where it ends, and so where its checkpoint is, is not known beforehand
         kept = {
             f"{section}.{name}": value
             for section in SECTIONS

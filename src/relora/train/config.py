@@ -15,6 +15,7 @@ from relora.method.config import ALL_LINEAR
 from relora.train.architecture import ModelConfig
 from relora.train.checks import section_violations, type_problems, unmet
 from relora.train.methods import MethodOptions, MethodSpec, method_spec, options_violations, require_method
+from relora.train.plateau import least_steps
 from relora.train.sections import (
     DistributedConfig,
     EvalConfig,
@@ -138,6 +139,14 @@ class Recipe:
             (
                 warm_start < steps or not low_rank,
                 f"relora.warm_start_steps must be less than {length}, not {warm_start}",
+            ),
+            (
+                self.relora.warm_start_until == "steps"
+                or not low_rank
+                or warmup + least_steps(warm_start) < warm_start,
+                f"relora.warm_start_steps must be above {warmup + least_steps(warm_start)} with "
+                'relora.warm_start_until "plateau", which looks at '
+                f"{least_steps(warm_start)} steps after the warm-up at least, not {warm_start}",
             ),
             (
                 cycle <= steps - warm_start or not restarts,

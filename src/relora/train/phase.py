@@ -21,16 +21,24 @@ from relora.train.groups import PhaseName, parameter_groups
 from relora.train.joint import Groups, JointOptimizer, matched_muon
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Plan:
     """When the switch and the restarts fall, and the learning rate of each step."""
 
     recipe: Recipe
+    ended_at: int | None = None
+    """The step with which its loss has ended the warm start, before relora.warm_start_steps had passed."""
 
     @property
     def switch_step(self) -> int | None:
         """The last step of the warm start; 0 starts cold, None never switches."""
-        return self.recipe.switch_step
+        return self.recipe.switch_step if self.ended_at is None else self.ended_at
+
+    def watches_loss(self, step: int) -> bool:
+        """Tell whether the loss of a step may end the warm start."""
+        longest = self.recipe.switch_step
+        is_watched = self.recipe.relora.warm_start_until == "plateau" and self.ended_at is None
+        return is_watched and longest is not None and self.recipe.schedule.warmup_steps < step < longest
 
     @property
     def restart_steps(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from relora.train.methods import unknown_method
 Precision = Literal["auto", "fp32", "bf16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 FactorOptimizer = Literal["adamw", "muon"]
+WarmStartUntil = Literal["steps", "plateau"]
 WarmStartKind = Literal["adamw", "sign", "column"]
 NonFinitePolicy = Literal["stop", "skip", "rollback"]
 
@@ -56,6 +57,9 @@ class ReLoRASection(ReLoRAConfig):
 
     warm_start_steps: int = 0
     """Steps at full rank before the switch to low rank; 0 starts cold, with factors from the first step."""
+    warm_start_until: WarmStartUntil = "steps"
+    """"steps" ends the warm start after warm_start_steps; "plateau" before that, once the loss falls half as
+    fast as it did on the whole since the first warm-up."""
     warm_start_kind: WarmStartKind = "adamw"
     """What trains the target matrices in the warm start: "adamw", or without optimizer state and gradient
     "sign" or "column" steps, as those of `residual`. run.method "relora" and "lora" only."""

@@ -55,6 +55,8 @@ def state_to_begin_with(
         checkpoint = load_checkpoint(opened.resume_from)
         saved = SavedState.of(checkpoint)
         refuse_other_settings(opened, saved.recipe)
+        if saved.progress.switch is not None and "steepness" in saved.progress.switch:
+            plan.ended_at = int(saved.progress.switch["step"])
         if recipe.train.precision == "auto":
             precision, why = saved.precision, "as the run began"
         # A run that goes on needs neither the checkpoint it was initialised from nor a network.
