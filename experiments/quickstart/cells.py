@@ -14,18 +14,21 @@ class Cell:
     stage: str
     lr: float
     seed: int = 0
+    rest: float = 1.0
+    """Multiple of the rate for embeddings, head and norms, in both phases."""
     label: str = ""
     changes: Overrides = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return "-".join(filter(None, [self.arm, f"lr{self.lr:g}", self.label, f"s{self.seed}"]))
+        rest = f"m{self.rest:g}" if self.rest != 1 else ""
+        return "-".join(filter(None, [self.arm, f"lr{self.lr:g}", self.label, rest, f"s{self.seed}"]))
 
     @property
     def overrides(self) -> Overrides:
         """What the cell sets otherwise than the shipped recipe."""
-        sections: Overrides = {"optim": {"lr": self.lr}}
+        sections: Overrides = {"optim": {"lr": self.lr, "rest_lr_multiples": [self.rest] * 3}}
         for section, fields in self.changes.items():
             sections[section] = {**sections.get(section, {}), **fields}
         return sections
@@ -36,9 +39,9 @@ class Cell:
         return self.arm != "full"
 
     @property
-    def warm_start(self) -> tuple[float, int]:
+    def warm_start(self) -> tuple[float, float, int]:
         """What determines the warm start."""
-        return self.lr, self.seed
+        return self.lr, self.rest, self.seed
 
 
 RANK = 32
@@ -65,73 +68,56 @@ def full(lr: float, **cell: Any) -> Cell:
     return Cell(arm="full", lr=lr, changes={"run": {"method": "full"}}, **cell)
 
 
-def one_sided(lr: float, times: float, rest: float = 1.0, **cell: Any) -> Cell:
+def one_sided(lr: float, times: float, **cell: Any) -> Cell:
     """ReLoRA with lora_B alone trained, matched scale, nothing reset, no re-warm; factors at times x lr.
 
     Its scale is its rate: Adam's step in lora_B does not depend on the scale, so twice the scale is twice the
     step in W, as twice the rate is.
     """
-    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
-    changes = {"relora": ONE_SIDED, "optim": optim}
-    return Cell(arm="relora-B", lr=lr, label=f"f{times:g}r{rest:g}", changes=changes, **cell)
+    changes = {"relora": ONE_SIDED, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-B", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def signed(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
+def signed(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md)."""
-    optim = {"factor_lr": lr * times, "low_rank_lr": lr * rest}
     relora = ONE_SIDED | {"residual": "sign", "residual_scale": scale}
-    label = f"f{times:g}r{rest:g}c{scale:g}"
-    return Cell(arm="relora-sign", lr=lr, label=label, changes={"relora": relora, "optim": optim}, **cell)
+    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-sign", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
 
 
-def both(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
+def both(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     """The paper's form: both factors, magnitude reset, re-warm."""
     relora = BOTH | {"reset": "magnitude", "reset_ratio": 0.99}
-    return two_factors("relora-both", relora, lr, times=times, rest=rest, scale=scale, **cell)
+    return _two_factors("relora-both", {"relora": relora}, lr, times=times, scale=scale, **cell)
 
 
-def lora(lr: float, times: float, rest: float = 1.0, *, scale: float = 1.0, **cell: Any) -> Cell:
+def lora(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     """LoRA from the same warm start: both factors, no restarts."""
-    changes: Overrides = {"run": {"method": "lora"}}
-    return two_factors("lora", BOTH, lr, times=times, rest=rest, scale=scale, changes=changes, **cell)
+    changes = {"run": {"method": "lora"}, "relora": BOTH}
+    return _two_factors("lora", changes, lr, times=times, scale=scale, **cell)
 
 
-def two_factors(
-    arm: str,
-    relora: dict[str, Any],
-    lr: float,
-    *,
-    times: float,
-    rest: float,
-    scale: float,
-    changes: Overrides | None = None,
-    **cell: Any,
+def _two_factors(
+    arm: str, changes: Overrides, lr: float, *, times: float, scale: float, **cell: Any
 ) -> Cell:
     """An arm that trains both factors, at a scale of alpha / r."""
-    changes = {
-        **(changes or {}),
-        "relora": relora if scale == 1 else relora | {"alpha": scale * RANK},
-        "optim": {"factor_lr": lr * times, "low_rank_lr": lr * rest},
-        "schedule": {"rewarmup_steps": 10},
-    }
-    label = f"f{times:g}r{rest:g}" + (f"s{scale:g}" if scale != 1 else "")
+    relora = changes["relora"] if scale == 1 else changes["relora"] | {"alpha": scale * RANK}
+    optim, schedule = {"factor_lr": lr * times}, {"rewarmup_steps": 10}
+    changes = {**changes, "relora": relora, "optim": optim, "schedule": schedule}
+    label = f"f{times:g}" + (f"s{scale:g}" if scale != 1 else "")
     return Cell(arm=arm, lr=lr, label=label, changes=changes, **cell)
 
 
 PEAK = 4e-3
 """The best full-rank learning rate of the stage "full"; warm starts use it where no other is named."""
 
-BEST = {one_sided: 1, lora: 2, both: 2}
-"""The best multiple of the learning rate for the factors, by the stage "tune"."""
-
 CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
+    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4)),
     *(arm(PEAK, times, stage="tune") for times in (1, 2, 4) for arm in (one_sided, lora, both)),
     *(signed(PEAK, times, stage="tune") for times in (0.5, 1, 2)),
-    *(signed(PEAK, 1, rest, stage="rest") for rest in (0.5, 2, 4)),
-    *(arm(PEAK, times, rest, stage="rest") for rest in (2, 4) for arm, times in BEST.items()),
-    signed(PEAK, 0.5, 2, stage="rest"),
-    *(full(PEAK, stage="seeds", seed=seed) for seed in (1, 2)),
-    *(arm(PEAK, times, stage="seeds", seed=seed) for seed in (1, 2) for arm, times in BEST.items()),
-    *(signed(PEAK, 1, stage="seeds", seed=seed) for seed in (1, 2)),
+    *(signed(PEAK, 1, rest=rest, stage="rest") for rest in (2, 4)),
+    *(signed(PEAK, 0.5, rest=rest, stage="rest") for rest in (2, 4)),
+    *(arm(PEAK, 2, rest=rest, stage="rest") for rest in (2, 4) for arm in (lora, both)),
+    *(one_sided(PEAK, 1, rest=rest, stage="rest") for rest in (2, 4)),
 ]

@@ -69,9 +69,14 @@ def on_two_ranks(config, dtype):
         return [torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("residual", "dtype"), [("sign", torch.bfloat16), ("column", torch.float32)])
-def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype):
-    left, right = on_two_ranks(replace(CONFIG, residual=residual), dtype)
+@pytest.mark.parametrize(
+    ("residual", "dtype", "at_once"),
+    [("sign", torch.bfloat16, None), ("column", torch.float32, None), ("sign", torch.float32, 1)],
+)
+def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype, at_once):
+    left, right = on_two_ranks(replace(CONFIG, residual=residual, residual_layers=at_once), dtype)
+    if at_once:
+        assert {(report["num_layers"], report["shared_bytes"]) for report, _ in left[1]} == {(1, 77), (1, 99)}
     for ours, theirs in zip(left[0], right[0], strict=True):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert left[1] == right[1]

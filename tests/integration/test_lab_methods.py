@@ -25,7 +25,26 @@ METHODS = {
     "full": {},
     "lora": {},
     "relora": {},
+    "relora muon": {"optim": {"factor_optimizer": "muon", "rest_beta2": 0.9}},
+    "relora muon transport": {
+        "optim": {"factor_optimizer": "muon", "rest_lr_multiples": [0.5, 2.0, 1.0]},
+        "relora": {
+            "factors": "B",
+            "reset": "transport",
+            "residual": "sign",
+            "residual_layers": 3,
+            "scaling_rule": "learned",
+        },
+    },
+    "lora muon": {"optim": {"factor_optimizer": "muon"}},
+    "relora sign start": {"relora": {"warm_start_kind": "sign", "warm_start_scale": 0.5}},
+    "lora column start": {"relora": {"warm_start_kind": "column"}, "optim": {"weight_decay": 0.1}},
+    "relora plateau": {
+        "relora": {"warm_start_until": "plateau", "warm_start_steps": 9},
+        "optim": {"lr": 1e-1},
+    },
     "full-muon": {"method": {"adamw_lr": 2e-3}},
+    "full-scale": {"method": {"adamw_lr": 5e-3}, "optim": {"lr": 2e-3}},
     "control": {},
     "galore": {"method": {"refresh_every": 3}},
     "galore cold randomised": {"method": {"refresh_every": 3, "projector": "randomised"}, "relora": COLD},
@@ -179,6 +198,48 @@ def test_each_defect_changes_the_run_and_is_seen_in_it(train, tmp_path, defect):
         assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
     elif defect == "late_merge":
         assert first_bad["step"] == 8
+
+
+def test_muon_holds_one_state_for_each_factor_and_its_restarts_say_so(train):
+    by_adamw, by_muon = (lines(train(name) / "restarts.jsonl")[0] for name in ("relora", "relora muon"))
+    assert by_muon["num_states"] * 2 == by_adamw["num_states"]
+    assert by_muon["entries_zeroed"] * 2 == by_adamw["entries_zeroed"]
+    carried = lines(train("relora muon transport") / "restarts.jsonl")[0]
+    assert carried["entries_carried"] > 0
+    keys = final(train("relora muon transport"))["optimizer"]
+    assert {k.rpartition("/")[2] for k in keys if "lora_B" in k} == {"momentum_buffer"}
+    assert {k.rpartition("/")[2] for k in keys if "scaling" in k} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("name", ["relora sign start", "lora column start"])
+def test_a_warm_start_without_state_moves_the_targets_and_keeps_nothing_of_them(train, name):
+    start = load_checkpoint(train(name) / "checkpoints" / "step-00000004").tensors
+    usual = load_checkpoint(train("relora") / "checkpoints" / "step-00000004").tensors
+    targets = {key for key in start["model"] if "_proj.weight" in key}
+    assert start["model"].keys() == usual["model"].keys() and len(targets) == 14
+    assert all(not torch.equal(start["model"][key], usual["model"][key]) for key in targets)
+    stateful = {key.partition("/")[0] for key in start["optimizer"]}
+    assert stateful.isdisjoint(targets) and "lm_head.weight" in stateful
+    losses = [line["train/loss"] for line in lines(train(name) / "metrics.jsonl")]
+    assert losses[3] < losses[0]
+
+
+def test_a_plateau_ends_the_warm_start_is_recorded_and_taken_alike_on_resume(train, tmp_path, monkeypatch):
+    whole = train("relora plateau")
+    switch = summary_of(whole)["switch"]
+    assert switch["step"] == 8 and 0 <= switch["steepness"] < 0.5
+    told = {line["step"]: line.get("warm_start/steepness") for line in lines(whole / "metrics.jsonl")}
+    assert told == {**dict.fromkeys(range(1, 13)), 8: switch["steepness"]}
+    assert [line["step"] for line in lines(whole / "restarts.jsonl")] == [10]
+    # The checkpoint of the switch itself: the next step is the first at low rank.
+    recipe = tiny(train.root, "relora plateau", run={"name": whole.name, "out": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 9)
+        with pytest.raises(Death):
+            fit(recipe)
+    mine, theirs = final(fit(recipe).folder), final(whole)
+    for part in ("model", "optimizer", "rng"):
+        assert all(torch.equal(value, theirs[part][key]) for key, value in mine[part].items())
 
 
 def test_switched_vectors_are_counted(train):

@@ -14,7 +14,7 @@ from torch import nn
 from loops import Loop, adamw, batch, differing, tiny_model
 from method_samples import LAYER_KINDS, Branches, as_rows, numpy64
 from reference.beyond import SplitAdam, complement, majority, unit_columns
-from relora import ConfigError, NonFiniteError, ReLoRAConfig, inject
+from relora import ConfigError, LoRALinear, NonFiniteError, ReLoRAConfig, inject
 from relora.method.complement import RESIDUALS
 
 CONFIG = ReLoRAConfig(
@@ -368,3 +368,98 @@ def test_a_step_that_was_not_taken_moves_no_base_and_the_next_one_does(init):
     loop.relora.after_step(2)
     assert loop.relora.complement_report.step == 2
     assert all((after != before[name]).any() for name, after in masters(loop).items())
+
+
+def moved_layers(loop, steps):
+    """Names of the layers whose base each step moved."""
+    found = []
+    for step in steps:
+        before = masters(loop)
+        loop.run(step, step)
+        after = masters(loop)
+        found.append([name for name in before if not np.array_equal(before[name], after[name])])
+    return found
+
+
+def four_layers():
+    torch.manual_seed(3)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(7, 7), nn.Tanh()) for _ in range(4)), nn.Linear(7, 9))
+
+
+class TurnLoop(Loop):
+    @property
+    def named(self):
+        return {f"{i}": m for i, m in enumerate(m for m in self.model.modules() if isinstance(m, LoRALinear))}
+
+
+@pytest.mark.parametrize(
+    ("at_once", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [3, 2]), (5, [5]), (9, [5])]
+)
+@pytest.mark.parametrize("every", [1, 2])
+def test_layers_take_turns_once_a_round_in_a_seeded_order(at_once, sizes, every, monkeypatch):
+    monkeypatch.setattr("test_complement.layers", lambda loop: loop.named)
+    config = replace(CONFIG, residual_layers=at_once, residual_every=every)
+    rounds = {}
+    for seed in (0, 0, 1):
+        loop = TurnLoop(config, four_layers(), seed=seed)
+        moved = moved_layers(loop, range(1, 1 + 2 * every * len(sizes)))
+        assert all(not names for step, names in enumerate(moved, start=1) if step % every)
+        taken = moved[every - 1 :: every]
+        for lap in (taken[: len(sizes)], taken[len(sizes) :]):
+            assert [len(names) for names in lap] == sizes
+            assert sorted(name for names in lap for name in names) == list("01234")
+        assert rounds.setdefault(seed, taken) == taken
+    if len(sizes) > 1:
+        assert rounds[0] != rounds[1]
+        assert any(
+            rounds[seed][: len(sizes)] != rounds[seed][len(sizes) :] for seed in rounds
+        )  # another order in each round
+
+
+def test_a_layer_in_its_turn_steps_as_it_would_among_all():
+    alone, among = (Loop(replace(CONFIG, residual_layers=k), tiny_model()) for k in (1, None))
+    before = masters(alone)
+    for loop in (alone, among):
+        loop.run(1, 1)
+    (name,) = [name for name in before if not np.array_equal(masters(alone)[name], before[name])]
+    assert np.array_equal(masters(alone)[name], masters(among)[name])
+    assert alone.relora.complement_report.num_layers == 1
+
+
+def test_turns_go_on_where_a_resumed_run_left_them():
+    config = replace(CONFIG, residual_layers=1, restart_every=3)
+    whole, cut = Loop(config, tiny_model()), Loop(config, tiny_model())
+    whole.run(1, 9)
+    cut.run(1, 4)
+    resumed = Loop(config, tiny_model())
+    resumed.model.load_state_dict(cut.model.state_dict())
+    resumed.optimizers[0].load_state_dict(cut.optimizers[0].state_dict())
+    resumed.relora.load_state_dict(cut.relora.state_dict())
+    resumed.run(5, 9)
+    assert differing(resumed.everything(), whole.everything()) == []
+
+
+@pytest.mark.parametrize(("residual", "bytes_each"), [("sign", 1), ("column", 2)])
+def test_costs_are_those_of_the_layers_whose_turn_it_was(residual, bytes_each):
+    loop = Loop(replace(CONFIG, residual=residual, residual_layers=1), tiny_model())
+    rows, rank = 16, 3
+    for step in (1, 2):
+        step_on(loop, step, parts=2)
+        loop.relora.after_step(step)
+        report = loop.relora.complement_report
+        (layer,) = report.layers
+        weights = {"up": 11 * 7, "down": 9 * 11}[layer.name]
+        assert report.flops == 2 * weights * rows + 2 * 4 * weights * rank
+        assert (report.held_bytes, report.shared_bytes) == (bytes_each * weights, 0)
+        assert report.as_dict()["flops"] == report.flops
+
+
+def test_turns_of_which_nothing_was_seen_are_refused_once_every_layer_had_one():
+    torch.manual_seed(0)
+    loop = Loop(replace(CONFIG, residual_layers=1), Branches())
+    with pytest.raises(ConfigError, match="saw no backward pass through any of 2 layers"):
+        for step in (1, 2, 3):  # no backward at all
+            loop.relora.after_step(step)
+    assert loop.relora.state_dict()["step"] == 2
+    loop = Loop(replace(CONFIG, residual_layers=1), Branches())
+    loop.run(1, 6)  # one of the two branches is never used

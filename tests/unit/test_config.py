@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "residual": "none",
     "residual_scale": 1.0,
     "residual_every": 1,
+    "residual_layers": None,
     "restart_growth": 1.0,
     "merge_precision": "float32",
 }
@@ -51,6 +52,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     *(("residual", value) for value in ("adam", None, True)),
     *(("residual_scale", value) for value in (0.0, -1.0, math.inf)),
     *(("residual_every", value) for value in (0, -1, 2.0, None)),
+    *(("residual_layers", value) for value in (0, -1, 2.0)),
     *(("restart_growth", value) for value in (0.0, -1.0, math.inf)),
     *(("merge_precision", value) for value in ("bfloat16", None)),
     *(("base_weight_decay", value) for value in (-0.1, math.nan)),
@@ -121,6 +123,17 @@ def test_the_papers_recipe_is_rank_128_alpha_32_with_magnitude_pruning() -> None
     assert ReLoRAConfig.paper(rank=64).alpha == 32
     with pytest.raises(ConfigError, match="rank"):
         ReLoRAConfig.paper(rank=0)
+
+
+def test_the_preset_beyond_the_paper_is_one_sided_and_resets_nothing() -> None:
+    beyond = ReLoRAConfig.beyond(rank=32)
+    assert (beyond.rank, beyond.factors, beyond.scaling_rule, beyond.factor_init) == (
+        *(32, "B", "matched", "orthonormal"),
+    )
+    assert (beyond.reset, beyond.restart_every, beyond.residual) == ("none", 50, "sign")
+    assert ReLoRAConfig.beyond(rank=4, init="cover").init == "cover"
+    with pytest.raises(ConfigError, match="residual"):
+        ReLoRAConfig.beyond(rank=4, factors="both")
 
 
 def test_a_frozen_lora_A_is_orthonormal_whatever_init_says() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import relora.lab.methods  # noqa: F401
 from loops import tiny_model
@@ -14,10 +15,11 @@ from reference.subspace_adam import galore_run
 from relora import ReLoRAConfig, inject
 from relora.lab.methods.control import control_sizes
 from relora.lab.methods.galore import GaLoreAdam, leading_directions
-from relora.lab.methods.joint import JointOptimizer
+from relora.lab.methods.scale import NormalisedSGD
 from relora.lab.methods.switchlora import SwitchLoRA, VectorAdam
 from relora.method.linear import lora_layers
 from relora.train.architecture import ModelConfig, llama_config
+from relora.train.joint import JointOptimizer
 from relora.train.methods import MethodOptions, MethodSpec, load_method, register_method
 from relora.train.phase import Plan
 from tiny_run import tiny_recipe
@@ -94,6 +96,44 @@ def test_vector_adam_without_switches_is_adam():
     stepped(VectorAdam([mine], lr=0.05, betas=(0.8, 0.9)), mine, grads)
     stepped(torch.optim.Adam([theirs], lr=0.05, betas=(0.8, 0.9)), theirs, grads)
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_normalised_sgd_steps_by_rms_one_along_its_dimension(dim, momentum):
+    grads = [grad.float() for grad in gradients((4, 6), count=3)]
+    for grad in grads:
+        grad[1], grad[:, 2] = 0, 0  # no gradient, no step: not 0 / 0
+    weight = nn.Parameter(torch.ones(4, 6))
+    optimizer = NormalisedSGD([weight], lr=0.05, dim=dim, momentum=momentum, weight_decay=0.1)
+    stepped(optimizer, weight, grads)
+    wanted, mean = np.ones((4, 6)), np.zeros((4, 6))
+    for grad in grads:
+        mean = momentum * mean + (1 - momentum) * grad.numpy()
+        rms = np.sqrt((mean**2).mean(dim, keepdims=True))
+        wanted = wanted * (1 - 0.05 * 0.1) - 0.05 * np.divide(
+            mean, rms, out=np.zeros_like(mean), where=rms > 0
+        )
+    np.testing.assert_allclose(weight.detach().numpy(), wanted, atol=1e-5)
+    assert len(optimizer.state) == (momentum > 0)
+
+
+def test_full_scale_keeps_the_heads_momentum_alone_and_normalises_embeddings_by_column(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={"method": "full-scale"}, optim={"rest_lr_multiples": [0.5, 2.0, 1.0]})
+    model = LlamaForCausalLM(llama_config(recipe.model, vocab_size=300))
+    optimizer = load_method("full-scale")(Plan(recipe=recipe)).build_optimizer(model, "full")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.adamw.step()
+    held = {names[p]: set(state) for p, state in optimizer.adamw.state.items()}
+    assert held.pop("lm_head.weight") == {"exp_avg"}
+    assert all(name.endswith("norm.weight") for name in held)
+    groups = {names[p]: group for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert (groups["model.embed_tokens.weight"]["dim"], groups["lm_head.weight"]["dim"]) == (0, 1)
+    assert groups["model.embed_tokens.weight"]["lr"] == 0.5 * recipe.optim.lr
+    assert groups["lm_head.weight"]["lr"] == 2 * recipe.optim.lr
+    assert optimizer.lr == recipe.optim.lr
 
 
 @pytest.mark.parametrize("along", [0, 1])

@@ -26,6 +26,7 @@ from relora.train.config import (
     RunConfig,
     TrainConfig,
 )
+from relora.train.phase import method_config
 from relora.train.recipe_io import (
     changed_fields,
     find_recipe,
@@ -40,6 +41,7 @@ SIZES = ["9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m"
 PAPER_SIZES = ["60m", "130m", "250m", "350m", "1b"]
 NAMES = [
     "quickstart",
+    "beyond",
     "continue-pretraining",
     *(f"llama-{size}" for size in SIZES),
     *(f"paper-{size}" for size in PAPER_SIZES),
@@ -71,6 +73,16 @@ def test_shipped_recipe_is_valid_and_named_after_its_file(name):
     assert recipe.run.method == "relora"
     assert restarts(recipe)
     assert resolve(tomllib.loads(recipe_toml(recipe))) == recipe
+
+
+def test_beyond_is_its_preset_cold_on_the_quickstarts_model_and_text():
+    recipe, quickstart = load_recipe("beyond"), load_recipe("quickstart")
+    assert method_config(recipe) == ReLoRAConfig.beyond(rank=32)
+    assert recipe.switch_step == 0 and recipe.schedule.rewarmup_steps == 0
+    for section in ("model", "data", "optim", "train"):
+        assert getattr(recipe, section) == getattr(quickstart, section)
+    full = load_recipe("beyond", {"run": {"method": "full"}})
+    assert (full.optim.lr, full.switch_step) == (4e-3, None)
 
 
 def test_quickstart_is_an_honest_relora_that_downloads_nothing():

@@ -111,8 +111,8 @@ class Cell:
     def warm_start(self) -> str | None:
         """What its warm start is a function of; None where there is none to share."""
         recipe = self.recipe
-        if not recipe.switch_step:
-            return None
+        if not recipe.switch_step or recipe.relora.warm_start_until != "steps":
+            return None  # where it ends, and so where its checkpoint is, is not known beforehand
         kept = {
             f"{section}.{name}": value
             for section in SECTIONS
@@ -120,7 +120,11 @@ class Cell:
             for name, value in vars(getattr(recipe, section)).items()
             if f"{section}.{name}" not in _AFTER_SWITCH
         }
-        return _digest([recipe.spec.warm_start, recipe.switch_step, kept])
+        relora = recipe.relora
+        kind: list[object] = [recipe.spec.warm_start]
+        if relora.warm_start_kind != "adamw":
+            kind += [relora.warm_start_kind, relora.warm_start_scale, relora.targets, relora.exclude]
+        return _digest([*kind, recipe.switch_step, kept])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,13 @@ lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kapp
   of the sum (signSGD with majority vote, Bernstein et al. 2018). Not its mean: the mean shrinks as
   votes cancel, and a step's size must not depend on how a batch is cut. A tie moves nothing. Votes are int8:
   1 byte a weight.
-- "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 (SCALE's normalisation).
+- "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 over its outputs (SCALE
+  normalises likewise, but a linear layer's gradient along the other side).
   The sum is kept in bf16: 2 bytes a weight.
+
+`residual_layers` takes a few layers a step. A round shuffles all layers by (seed, round) and deals them out,
+so that each has its turn once a round; turns are a pure function of the step. The step is not made larger for
+the turns that a layer waits: that would be residual_scale times their number, so residual_scale says it.
 
 Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again, as
 full rank pays; 4 * out * in * rank a micro batch for the projection; x kept for the backward, as at full
@@ -27,157 +32,37 @@ Entries that are not finite cast no vote. A row of G with one such entry has no 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from relora.errors import ConfigError
-from relora.method.complement_report import ComplementReport, LayerComplement
+from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear
-from relora.method.ranks import num_ranks, sum_over_ranks_
-
-_INT8_MAX = 127
-
-
-class Residual(Protocol):
-    """How the complement's gradients of a step are held and what direction comes of them."""
-
-    dtype: torch.dtype
-    """Of what is held, one element a weight."""
-
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add rows of one backward pass, after `num_before` others."""
-
-    def to_share(self, held: Tensor, world_size: int) -> Tensor:
-        """Return what may be summed over so many ranks."""
-
-    def scale(self, held: Tensor) -> Tensor:
-        """Return what `direction` needs to know of the whole matrix, broadcastable to its rows."""
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return D for rows of what is held, in float32."""
+from relora.method.ranks import sum_over_ranks_
+from relora.method.residuals import RESIDUALS, GradientObserver, Residual
+from relora.method.seeds import derived_generator
 
 
-class SignVotes:
-    """The sign of the sum of signs, an int8 each."""
-
-    dtype = torch.int8
-
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add votes; they saturate at 127, far from the tie that would decide."""
-        if num_before >= _INT8_MAX:
-            held.clamp_(1 - _INT8_MAX, _INT8_MAX - 1)
-        held.add_(perp.sign().to(self.dtype))
-
-    def to_share(self, held: Tensor, world_size: int) -> Tensor:
-        """Return votes that cannot overflow: each rank's saturate at 127 / world_size, above which a rank
-        with that many micro batches counts as unanimous.
-        """
-        if world_size > _INT8_MAX:
-            return held.sign().to(torch.int32)
-        limit = _INT8_MAX // world_size
-        return held.clamp_(-limit, limit)
-
-    def scale(self, held: Tensor) -> Tensor:
-        """Return 1."""
-        return torch.ones((), dtype=torch.float32, device=held.device)
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return -1, 0 or 1."""
-        return held.sign() * scale
-
-
-class ColumnSum:
-    """The sum of gradients with columns of RMS 1, in bf16."""
-
-    dtype = torch.bfloat16
-
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add gradients."""
-        del num_before
-        held.add_(perp)
-
-    def to_share(self, held: Tensor, world_size: int) -> Tensor:
-        """Return the sum as it is."""
-        del world_size
-        return held
-
-    def scale(self, held: Tensor) -> Tensor:
-        """Return 1 over the RMS of each column; 0 for a column of zeros."""
-        norms = torch.linalg.vector_norm(held, dim=0, dtype=torch.float32)
-        return torch.where(norms > 0, math.sqrt(len(held)) / norms, 0)
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return the scaled rows."""
-        return held * scale
-
-
-RESIDUALS: dict[str, Residual] = {"sign": SignVotes(), "column": ColumnSum()}
-
-
-class LayerObserver:
+class LayerObserver(GradientObserver):
     """What one layer's backward passes of one step leave of G_perp."""
 
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
+        super().__init__(layer, residual)
         self.layer = layer
-        self.num_passes = 0
-        self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._residual = residual
-        self._held: Tensor | None = None
+
+    def _wanted(self, block: Tensor) -> Tensor:
+        lora_A = self.layer.lora_A.detach()
+        block = block.to(lora_A.dtype)
+        return block - (block @ lora_A.T) @ lora_A
 
     @property
-    def held(self) -> Tensor:
-        """Votes or sums so far, (out_features, in_features); zeros if there was no backward pass."""
-        if self._held is None:
-            shape = (self.layer.out_features, self.layer.in_features)
-            self._held = torch.zeros(shape, dtype=self._residual.dtype, device=self.layer.weight.device)
-        return self._held
-
-    def observe(self, x: Tensor, gradient: Tensor) -> None:
-        """Add one backward pass."""
-        lora_A = self.layer.lora_A.detach()
-        bad = torch.zeros((), dtype=torch.int64, device=gradient.device)
-        for rows in self.layer.row_blocks():
-            block = (gradient[:, rows].T @ x).to(lora_A.dtype)
-            block -= (block @ lora_A.T) @ lora_A
-            is_bad = ~block.isfinite()
-            bad += is_bad.sum()
-            self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)
-        self.num_non_finite = self.num_non_finite.to(bad.device) + bad
-        self.num_passes += 1
-
-    def shared(self) -> Tensor:
-        """Return what is held as this rank hands it to the others."""
-        return self._residual.to_share(self.held, num_ranks())
-
-    def move_base_(self, held: Tensor, size: float | Tensor) -> LayerComplement:
-        """Subtract `size` times the direction of what all ranks hold from the base, at merge precision.
-
-        Besides merges the only place that writes a base. What it reports is read back from the base.
-        """
-        layer = self.layer
-        scale = self._residual.scale(held)
-        moved = torch.zeros((), dtype=torch.int64, device=held.device)
-        square = torch.zeros((), dtype=torch.float32, device=held.device)
-        layer.drop_stale_residual_()
-        for rows in layer.row_blocks():
-            before = layer.master_rows(rows).clone()
-            step = self._residual.direction(held[rows], scale).to(before.dtype) * size
-            layer.write_master_rows_(rows, before - step)
-            change = layer.master_rows(rows) - before
-            moved += change.count_nonzero()
-            square += change.float().square().sum()
-        layer.claim_residual_()
-        return LayerComplement(
-            name=layer.name,
-            entries=held.numel(),
-            moved=moved,
-            square=square,
-            non_finite=self.num_non_finite,
-        )
+    def flops(self) -> int:
+        """What looking has cost so far: G, and its projection out of lora_A's rows."""
+        weights = self.layer.out_features * self.layer.in_features
+        return super().flops + 4 * weights * self.layer.config.rank * self.num_passes
 
 
 class Complement:
@@ -186,33 +71,55 @@ class Complement:
     Args:
         layers: All layers.
         config: With a `residual` other than "none".
+        seed: Root of the order in which layers take their turn.
     """
 
-    def __init__(self, layers: Sequence[LoRALinear], config: ReLoRAConfig) -> None:
+    def __init__(self, layers: Sequence[LoRALinear], config: ReLoRAConfig, *, seed: int) -> None:
         self._layers = layers
         self._config = config
+        self._seed = seed
         self._observers: list[LayerObserver] = []
+        self._num_unseen = 0
 
     def observers(self, steps_done: int) -> list[LayerObserver]:
-        """Return the layers' observers of the step that follows, none where it is not the k-th; what was
-        held of an earlier step is dropped.
+        """Return the observers of the step that follows, none where it is not the k-th; what was held of an
+        earlier step is dropped.
         """
-        is_due = (steps_done + 1) % self._config.residual_every == 0
+        index, left_over = divmod(steps_done + 1, self._config.residual_every)
         residual = RESIDUALS[self._config.residual]
-        self._observers = [LayerObserver(layer, residual) for layer in self._layers] if is_due else []
+        layers = [] if left_over else self._in_turn(index - 1)
+        self._observers = [LayerObserver(layer, residual) for layer in layers]
         return self._observers
+
+    @property
+    def _num_turns(self) -> int:
+        return -(-len(self._layers) // (self._config.residual_layers or len(self._layers)))
+
+    def _in_turn(self, index: int) -> list[LoRALinear]:
+        """Return the layers of an observed step, counted from 0, in the order of the model."""
+        if self._num_turns == 1:
+            return list(self._layers)
+        lap, turn = divmod(index, self._num_turns)
+        generator = derived_generator(self._seed, lap, "complement order")
+        order = torch.randperm(len(self._layers), generator=generator, device="cpu").tolist()
+        return [self._layers[position] for position in sorted(order[turn :: self._num_turns])]
 
     def drop(self) -> None:
         """Forget what was observed of the step; nothing moves by it."""
         self._observers = []
 
     def refuse_unseen(self, step: int) -> None:
-        """Refuse an observed step of which nothing was seen.
+        """Refuse an observed step of which nothing was seen. Where layers take turns, those of some turns may
+        be experts that nothing was routed to; so many turns in a row hold every layer.
 
         Raises:
             ConfigError: saying why that may be.
         """
-        if self._observers and not any(observer.num_passes for observer in self._observers):
+        if not self._observers:
+            return
+        is_seen = any(observer.num_passes for observer in self._observers)
+        self._num_unseen = 0 if is_seen else self._num_unseen + 1
+        if self._num_unseen >= 2 * self._num_turns - 1:
             raise ConfigError(
                 f"step {step}: residual={self._config.residual!r} saw no backward pass through any of "
                 f"{len(self._layers)} layers. Was the forward pass made before ReLoRA was built or before "
@@ -237,7 +144,7 @@ class Complement:
         passes = torch.tensor(counts, device="cpu").to(shared[0].device)
         sum_over_ranks_([passes, *shared])
         layers = tuple(
-            observer.move_base_(held, self._size(observer.layer, lrs[id(observer.layer.lora_B)]))
+            observer.move_(held, self._size(observer.layer, lrs[id(observer.layer.lora_B)]))
             for observer, held in zip(self._observers, shared, strict=True)
         )
         return ComplementReport(step=step, residual=self._config.residual, layers=layers, passes=passes)

@@ -19,6 +19,12 @@ class LayerComplement:
     """Sum of the squares of all changes, float32."""
     non_finite: Tensor
     """Entries of G_perp on this rank that were not finite and cast no vote, int64."""
+    flops: int
+    """What this rank has computed to see G_perp."""
+    held_bytes: int
+    """What this rank has held from the layer's backward to the step."""
+    shared_bytes: int
+    """What this rank has handed to the all-reduce; 0 where it trains alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,7 @@ class ComplementReport:
 
     @property
     def num_layers(self) -> int:
-        """Layers observed."""
+        """Layers observed: all of them, or those whose turn it was."""
         return len(self.layers)
 
     @property
@@ -58,6 +64,21 @@ class ComplementReport:
         return tuple(layer.name for layer, count in zip(self.layers, counts, strict=True) if not count)
 
     @property
+    def flops(self) -> int:
+        """Operations of this rank to see G_perp: 2 out in a token, 4 out in rank a micro batch."""
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that this rank held until the step, beside the inputs kept for the backward."""
+        return sum(layer.held_bytes for layer in self.layers)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that this rank handed to the all-reduce."""
+        return sum(layer.shared_bytes for layer in self.layers)
+
+    @property
     def _entries(self) -> int:
         return sum(layer.entries for layer in self.layers)
 
@@ -70,5 +91,8 @@ class ComplementReport:
             "moved_fraction": self.moved_fraction,
             "step_rms": self.step_rms,
             "num_non_finite": self.num_non_finite,
+            "flops": self.flops,
+            "held_bytes": self.held_bytes,
+            "shared_bytes": self.shared_bytes,
             "without_backward": list(self.without_backward),
         }

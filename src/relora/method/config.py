@@ -69,6 +69,8 @@ class ReLoRAConfig:
     """Size of the residual's step, over that of the factors."""
     residual_every: int = 1
     """Every how many steps the residual is observed and stepped on, counted from the step of injection."""
+    residual_layers: int | None = None
+    """How many layers such a step takes, in turn and in a seeded order anew in each round; None takes all."""
     restart_growth: float = 1.0
     """Cycle k lasts round(restart_every * restart_growth^k) steps."""
     merge_precision: MergePrecision = "float32"
@@ -113,6 +115,31 @@ class ReLoRAConfig:
         }
         return cls(**(recipe | changes))
 
+    @classmethod
+    def beyond(cls, *, rank: int, **changes: Any) -> Self:
+        """Return this project's recipe beyond the paper's: cold, one-sided, with a step on the complement.
+
+        lora_B alone trains, at full rank's learning rate; nothing is reset, no ramp follows a restart, and
+        what lora_A cannot see moves by its sign. Provisional: no study with seeds has chosen it yet
+        (docs/beyond.md, experiments/beyond-parts).
+
+        Args:
+            rank: A quarter of the model's width, to begin with.
+            **changes: Fields to set otherwise.
+
+        Raises:
+            ConfigError: if a changed field is out of range.
+        """
+        recipe: dict[str, Any] = {
+            "factors": "B",
+            "scaling_rule": "matched",
+            "init": "orthonormal",
+            "reset": "none",
+            "restart_every": 50,
+            "residual": "sign",
+        }
+        return cls(rank=rank, **(recipe | changes))
+
     @property
     def factor_init(self) -> FactorInit:
         """The initialisation in force: a frozen lora_A is always row-orthonormal."""
@@ -138,6 +165,11 @@ class ReLoRAConfig:
             *_choice("residual", self.residual, get_args(Residual)),
             *_number("residual_scale", self.residual_scale, above=0.0),
             *_integer("residual_every", self.residual_every, least=1),
+            *(
+                []
+                if self.residual_layers is None
+                else _integer("residual_layers", self.residual_layers, least=1)
+            ),
             *_number("restart_growth", self.restart_growth, above=0.0),
             *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
             *_choice("base_dtype", self.base_dtype, get_args(BaseDtype)),

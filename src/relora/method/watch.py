@@ -5,7 +5,7 @@ end is dropped, never carried into the next; which steps need which is known fro
 run needs nothing but its counters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,7 +16,7 @@ from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.gradient_init import GradientInitReport, Sketch, take_gradient_rows_
 from relora.method.linear import LoRALinear
-from relora.method.observe import Observers, refuse_compiled
+from relora.method.observe import Observer, Observers, refuse_compiled
 
 
 class Watch:
@@ -36,7 +36,7 @@ class Watch:
         self, model: nn.Module, layers: Sequence[LoRALinear], config: ReLoRAConfig, *, seed: int
     ) -> None:
         self._layers, self._seed = layers, seed
-        self._complement = Complement(layers, config) if config.residual != "none" else None
+        self._complement = Complement(layers, config, seed=seed) if config.residual != "none" else None
         self._needs_gradient = FACTOR_INITS[config.factor_init].needs_gradient
         self._sketches: list[Sketch] = []
         if self._complement is not None:
@@ -52,14 +52,15 @@ class Watch:
             next_restart_index: Which restart comes next; it seeds the sketches.
             ends_cycle: Whether it comes after the next step.
         """
-        complement = [] if self._complement is None else self._complement.observers(steps_done)
+        seen = [] if self._complement is None else self._complement.observers(steps_done)
+        complement: Mapping[LoRALinear, Observer] = {observer.layer: observer for observer in seen}
         sketched = self._layers if self._needs_gradient and ends_cycle else ()
         self._sketches = [
             Sketch(layer, seed=self._seed, restart_index=next_restart_index) for layer in sketched
         ]
-        watching = [observers for observers in (complement, self._sketches) if observers]
-        for position, layer in enumerate(self._layers):
-            told = [observers[position] for observers in watching]
+        sketches: Mapping[LoRALinear, Observer] = {sketch.layer: sketch for sketch in self._sketches}
+        for layer in self._layers:
+            told = [observers[layer] for observers in (complement, sketches) if layer in observers]
             layer.observers = Observers(told) if told else ()
 
     def drop(self) -> None:

@@ -62,7 +62,8 @@ class Run:
         if not warm or self.is_warming:
             return None
         planned = number(self.section("relora").get("warm_start_steps"))
-        return warm[-1] if planned is None else int(planned)
+        is_fixed = self.section("relora").get("warm_start_until", "steps") == "steps"
+        return int(planned) if planned is not None and is_fixed else warm[-1]
 
     @property
     def is_warming(self) -> bool:

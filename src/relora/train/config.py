@@ -15,6 +15,7 @@ from relora.method.config import ALL_LINEAR
 from relora.train.architecture import ModelConfig
 from relora.train.checks import section_violations, type_problems, unmet
 from relora.train.methods import MethodOptions, MethodSpec, method_spec, options_violations, require_method
+from relora.train.plateau import least_steps
 from relora.train.sections import (
     DistributedConfig,
     EvalConfig,
@@ -116,8 +117,9 @@ class Recipe:
                 )
             ),
             *self._tokenizer_violations(),
+            *self._variant_violations(),
             *(self._rank_violations() if low_rank else []),
-            *(self._compile_violations() if self.spec.restarts else []),
+            *self._compile_violations(),
         ]
 
     def _length_violations(self) -> list[str]:
@@ -141,6 +143,14 @@ class Recipe:
                 f"relora.warm_start_steps must be less than {length}, not {warm_start}",
             ),
             (
+                self.relora.warm_start_until == "steps"
+                or not low_rank
+                or warmup + least_steps(warm_start) < warm_start,
+                f"relora.warm_start_steps must be above {warmup + least_steps(warm_start)} with "
+                'relora.warm_start_until "plateau", which looks at '
+                f"{least_steps(warm_start)} steps after the warm-up at least, not {warm_start}",
+            ),
+            (
                 cycle <= steps - warm_start or not restarts,
                 f"relora.restart_every must be at most the {steps - warm_start} steps of the low-rank phase, "
                 f"not {cycle}",
@@ -154,14 +164,33 @@ class Recipe:
 
     def _compile_violations(self) -> list[str]:
         """Refuse what needs to see the base's gradient together with a compiled model, which hides it."""
-        if not self.train.compile:
+        if not (self.train.compile and self.spec.has_switch):
             return []
-        watching = {"residual": self.relora.residual, "init": self.relora.factor_init}
+        relora = self.relora
+        watching = {"warm_start_kind": relora.warm_start_kind} if relora.warm_start_steps > 0 else {}
+        if self.spec.restarts:
+            watching |= {"residual": relora.residual, "init": relora.factor_init}
         return [
             f"train.compile must be false with relora.{name} {value!r}, which sees gradients in eager mode"
             for name, value in watching.items()
             if value in ("sign", "column", "gradient")
         ]
+
+    def _variant_violations(self) -> list[str]:
+        """Compare what varies the trainer's own low-rank methods with the method."""
+        method, kind, optimizer = self.run.method, self.relora.warm_start_kind, self.optim.factor_optimizer
+        is_observed = self.spec.has_switch and kind != "adamw" and self.relora.warm_start_steps > 0
+        # Without effect, like the rest of [relora], where there are no factors or no switch.
+        return unmet(
+            (
+                optimizer == "adamw" or not self.spec.injects or self.spec.takes_variants,
+                f'optim.factor_optimizer must be "adamw" with run.method {method!r}, not {optimizer!r}',
+            ),
+            (
+                not is_observed or self.spec.takes_variants,
+                f'relora.warm_start_kind must be "adamw" with run.method {method!r}, not {kind!r}',
+            ),
+        )
 
     @property
     def idle_settings(self) -> list[str]:
@@ -211,7 +240,7 @@ def _shortest_cycle(first: int, growth: float, steps: int) -> int:
 
 _OF_RESTARTS = (
     *("restart_growth", "reset", "reset_ratio", "reset_mask", "reset_step_count"),
-    *("residual", "residual_scale", "residual_every"),
+    *("residual", "residual_scale", "residual_every", "residual_layers"),
 )
 
 SECTIONS: dict[str, Any] = {part.name: part.type for part in fields(Recipe)}

@@ -47,6 +47,8 @@ class MethodSpec:
     """Whether its checkpoints after the switch hold LoRALinear factors."""
     restarts: bool = False
     """Whether relora.restart_every divides its second phase, and the learning rate with it."""
+    takes_variants: bool = False
+    """Whether optim.factor_optimizer and relora.warm_start_kind may be others than "adamw"."""
     warm_start: str = "adamw"
     """What the warm start trains by: runs that differ only after the switch may share theirs."""
 
@@ -132,7 +134,7 @@ def option_fields(options: MethodOptions) -> Mapping[str, object]:
 _HERE = "relora.train.training_method"
 for _spec in (
     MethodSpec(name="full", implementation=f"{_HERE}:TrainingMethod", has_switch=False, injects=False),
-    MethodSpec(name="lora", implementation=f"{_HERE}:LowRank"),
-    MethodSpec(name="relora", implementation=f"{_HERE}:Restarting", restarts=True),
+    MethodSpec(name="lora", implementation=f"{_HERE}:LowRank", takes_variants=True),
+    MethodSpec(name="relora", implementation=f"{_HERE}:Restarting", restarts=True, takes_variants=True),
 ):
     register_method(_spec)

@@ -4,8 +4,8 @@ At full rank AdamW trains every weight. At the switch the target weights freeze,
 are freed, and a new AdamW trains the factors beside what stays at full rank, each with its own learning rate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,24 +13,32 @@ from torch.optim import AdamW
 from torch.optim import Optimizer as TorchOptimizer
 
 from relora.method.config import ReLoRAConfig
-from relora.method.inject import InjectReport, inject, lora_parameters
+from relora.method.inject import InjectReport, inject
 from relora.method.linear import LoRALinear
 from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
+from relora.train.groups import PhaseName, parameter_groups
+from relora.train.joint import Groups, JointOptimizer, matched_muon
 
-PhaseName = Literal["full", "warm_start", "low_rank"]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Plan:
     """When the switch and the restarts fall, and the learning rate of each step."""
 
     recipe: Recipe
+    ended_at: int | None = None
+    """The step with which its loss has ended the warm start, before relora.warm_start_steps had passed."""
 
     @property
     def switch_step(self) -> int | None:
         """The last step of the warm start; 0 starts cold, None never switches."""
-        return self.recipe.switch_step
+        return self.recipe.switch_step if self.ended_at is None else self.ended_at
+
+    def watches_loss(self, step: int) -> bool:
+        """Tell whether the loss of a step may end the warm start."""
+        longest = self.recipe.switch_step
+        is_watched = self.recipe.relora.warm_start_until == "plateau" and self.ended_at is None
+        return is_watched and longest is not None and self.recipe.schedule.warmup_steps < step < longest
 
     @property
     def restart_steps(self) -> tuple[int, ...]:
@@ -120,47 +128,27 @@ class Optimizer:
         return float(self.adamw.param_groups[0]["lr"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Parameters that share a peak learning rate and a weight decay."""
-
-    params: list[nn.Parameter]
-    lr: float
-    weight_decay: float = 0.0
-
-    def options(self) -> dict[str, Any]:
-        """Return the group as torch optimizers take it."""
-        return {"params": self.params, "lr": self.lr, "weight_decay": self.weight_decay}
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe, phase: PhaseName) -> list[Group]:
-    """Return what trains in a phase: factors first, then matrices, then vectors; none of them empty.
-
-    Weight decay acts on matrices that train at full rank; never on factors, where it would shrink the delta
-    instead of the weight, nor on norms and biases.
-    """
-    optim = recipe.optim
-    factors = {id(parameter) for _, parameter in lora_parameters(model)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rest = [parameter for parameter in trained if id(parameter) not in factors]
-    rest_lr = optim.low_rank_lr_in_force if phase == "low_rank" else optim.lr
-    groups = [
-        Group(params=[p for p in trained if id(p) in factors], lr=optim.factor_lr_in_force),
-        Group(params=[p for p in rest if p.ndim >= 2], lr=rest_lr, weight_decay=optim.weight_decay),
-        Group(params=[p for p in rest if p.ndim < 2], lr=rest_lr),
-    ]
-    return [group for group in groups if group.params]
-
-
 def build_optimizer(model: nn.Module, recipe: Recipe, phase: PhaseName) -> Optimizer:
-    """Build AdamW over what trains in a phase, in the groups of `parameter_groups`."""
+    """Build AdamW over what trains in a phase, in the groups of `parameter_groups`.
+
+    With optim.factor_optimizer "muon" the factors are Muon's, and both look like one optimizer.
+    """
     groups = parameter_groups(model, recipe, phase)
-    adamw = AdamW(
-        [group.options() for group in groups],
-        betas=recipe.optim.betas,
-        fused=True if groups[0].params[0].device.type in ("cuda", "cpu") else None,
-    )
-    return Optimizer(adamw=adamw, peaks=tuple(group.lr for group in groups))
+    muon = [group for group in groups if group.by_muon]
+    adamw = [group for group in groups if not group.by_muon]
+    make_adamw = adamw_of(recipe, groups[0].params[0].device)
+    options = [group.options() for group in adamw]
+    if not muon:
+        made = make_adamw(options)
+    else:
+        made = JointOptimizer([([group.options() for group in muon], matched_muon), (options, make_adamw)])
+    return Optimizer(adamw=made, peaks=tuple(group.lr for group in (*muon, *adamw)))
+
+
+def adamw_of(recipe: Recipe, device: torch.device) -> Callable[[Groups], TorchOptimizer]:
+    """Return what makes a recipe's AdamW from groups that have their learning rates."""
+    fused = True if device.type in ("cuda", "cpu") else None
+    return lambda groups: AdamW(groups, betas=recipe.optim.betas, fused=fused)
 
 
 def free_gradients_(model: nn.Module) -> None:

@@ -115,6 +115,7 @@ class Reporter:
             "restart_index": progress.restarts,
             "phase": self._state.phase,
             **(progress.evaluated if is_evaluated else {}),
+            **self._ending(progress.step),
         }
         progress.loss_sum, progress.loss_steps = 0.0, 0
         progress.logged_step = progress.step
@@ -123,6 +124,12 @@ class Reporter:
             sink.log(record)
         if self._console is not None:
             self._console.log(record)
+
+    def _ending(self, step: int) -> dict[str, float]:
+        """Return what ended a warm start before its time, where that was in this step."""
+        switch = self._state.progress.switch or {}
+        is_now = switch.get("step") == step and "steepness" in switch
+        return {"warm_start/steepness": switch["steepness"]} if is_now else {}
 
     def effect(self, effect: RestartEffect | None) -> None:
         """Add to a restart's line what became of the loss, and say so where it hurt."""

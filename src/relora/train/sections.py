@@ -14,6 +14,9 @@ from relora.train.methods import unknown_method
 
 Precision = Literal["auto", "fp32", "bf16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+FactorOptimizer = Literal["adamw", "muon"]
+WarmStartUntil = Literal["steps", "plateau"]
+WarmStartKind = Literal["adamw", "sign", "column"]
 NonFinitePolicy = Literal["stop", "skip", "rollback"]
 
 _FOLDER_NAME = re.compile(r"[\w.+=@-][\w.+=@ -]*")
@@ -54,6 +57,14 @@ class ReLoRASection(ReLoRAConfig):
 
     warm_start_steps: int = 0
     """Steps at full rank before the switch to low rank; 0 starts cold, with factors from the first step."""
+    warm_start_until: WarmStartUntil = "steps"
+    """"steps" ends the warm start after warm_start_steps; "plateau" before that, once the loss falls half as
+    fast as it did on the whole since the first warm-up."""
+    warm_start_kind: WarmStartKind = "adamw"
+    """What trains the target matrices in the warm start: "adamw", or without optimizer state and gradient
+    "sign" or "column" steps, as those of `residual`. run.method "relora" and "lora" only."""
+    warm_start_scale: float = 1.0
+    """Size of a warm start's "sign" or "column" steps, over optim.lr."""
 
     def __post_init__(self) -> None:
         """Leave the complaints to the recipe, which gives them together with those of other sections."""
@@ -63,7 +74,13 @@ class ReLoRASection(ReLoRAConfig):
         steps = self.warm_start_steps
         return [
             *self._violations(),
-            *unmet((steps >= 0, f"warm_start_steps must be at least 0, not {steps}")),
+            *unmet(
+                (steps >= 0, f"warm_start_steps must be at least 0, not {steps}"),
+                (
+                    self.warm_start_scale > 0,
+                    f"warm_start_scale must be above 0, not {self.warm_start_scale:g}",
+                ),
+            ),
         ]
 
 
@@ -79,6 +96,14 @@ class OptimConfig:
     """Peak learning rate of lora_A and lora_B; none means low_rank_lr."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment."""
+    factor_optimizer: FactorOptimizer = "adamw"
+    """What steps the factors: "adamw", or "muon", whose step is orthogonalised and has about AdamW's size at
+    the same rate, with half of its state. run.method "relora" and "lora" only."""
+    rest_lr_multiples: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Multiples of the rate for embeddings, the output head, and norms with biases, in every phase: of
+    low_rank_lr at low rank, else of lr."""
+    rest_beta2: float | None = None
+    """betas[1] for embeddings, the output head, norms and biases; none means betas[1]."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the weights that train at full rank; the factors have none."""
     clip_grad_norm: float = 1.0
@@ -103,6 +128,14 @@ class OptimConfig:
             (
                 all(0 <= beta < 1 for beta in self.betas),
                 f"betas must be at least 0 and below 1, not {self.betas[0]:g} and {self.betas[1]:g}",
+            ),
+            (
+                all(multiple > 0 for multiple in self.rest_lr_multiples),
+                f"rest_lr_multiples must be above 0, not {', '.join(map(str, self.rest_lr_multiples))}",
+            ),
+            (
+                self.rest_beta2 is None or 0 <= self.rest_beta2 < 1,
+                f"rest_beta2 must be at least 0 and below 1, or none, not {self.rest_beta2}",
             ),
             (self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay:g}"),
             (self.clip_grad_norm >= 0, f"clip_grad_norm must be at least 0, not {self.clip_grad_norm:g}"),

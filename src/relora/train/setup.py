@@ -13,11 +13,12 @@ from relora.checkpoint.store import load_checkpoint
 from relora.data.prepare import PreparedData
 from relora.method.targets import choose_targets
 from relora.train.folders import empty_model
+from relora.train.groups import PhaseName
 from relora.train.guard import Past
 from relora.train.methods import load_method
 from relora.train.model import build_model
 from relora.train.parallel import Processes
-from relora.train.phase import PhaseName, Plan, free_gradients_, method_config
+from relora.train.phase import Plan, free_gradients_, method_config
 from relora.train.precision import Resolved, resolve_precision
 from relora.train.run_folder import OpenedRun, refuse_other_settings
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
@@ -54,6 +55,8 @@ def state_to_begin_with(
         checkpoint = load_checkpoint(opened.resume_from)
         saved = SavedState.of(checkpoint)
         refuse_other_settings(opened, saved.recipe)
+        if saved.progress.switch is not None and "steepness" in saved.progress.switch:
+            plan.ended_at = int(saved.progress.switch["step"])
         if recipe.train.precision == "auto":
             precision, why = saved.precision, "as the run began"
         # A run that goes on needs neither the checkpoint it was initialised from nor a network.
@@ -87,6 +90,8 @@ def build_state(
         enable_checkpointing_(model)
     cast(nn.Module, model).to(here.device)
     phase: PhaseName = "full" if plan.switch_step is None else "warm_start"
+    if phase == "warm_start" and not low_rank:
+        method.begin_warm_start_(model)
     state = RunState(
         model=model,
         optimizer=method.build_optimizer(model, phase),

@@ -21,7 +21,8 @@ from relora.checkpoint.store import LoadedCheckpoint
 from relora.checkpoint.strict_json import listed, shown
 from relora.checkpoint.values import decode, encode
 from relora.errors import CheckpointError, NonFiniteError
-from relora.train.phase import Optimizer, PhaseName
+from relora.train.groups import PhaseName
+from relora.train.phase import Optimizer
 from relora.train.precision import Resolved
 from relora.train.training_method import TrainingMethod
 from relora.train.watch import RestartWatch
@@ -64,6 +65,10 @@ class Progress:
     """Lines of nonfinite.jsonl."""
     switch: dict[str, float] | None = None
     """Step and held-out figures at the switch."""
+    warm_start_means: list[float] = field(default_factory=list)
+    """Mean losses by window of a warm start that its loss may end."""
+    warm_start_pending: list[float] = field(default_factory=list)
+    """Losses of the window that is open."""
     evaluated: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
 
@@ -290,6 +295,8 @@ def _fits(kind: type | None, value: object) -> bool:
         return type(value) is kind and (kind is float or value >= 0)
     figures = value if isinstance(value, dict) else {}
     sound = all(type(figure) in (int, float) for figure in figures.values())
+    if kind is list:
+        return isinstance(value, list) and all(type(figure) is float for figure in value)
     if kind is dict:
         return isinstance(value, dict) and sound
     return kind is type(None) and (value is None or isinstance(value, dict)) and sound

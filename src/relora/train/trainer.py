@@ -16,6 +16,7 @@ from relora.train.loss import TokenLoss
 from relora.train.memory import memory_errors
 from relora.train.parallel import Processes
 from relora.train.phase import Plan
+from relora.train.plateau import take_loss_
 from relora.train.reporting import Reporter
 from relora.train.result import TrainResult
 from relora.train.run_folder import OpenedRun
@@ -35,6 +36,7 @@ class Trainer:
         self.opened, self.data, self.here, self.requests = opened, data, here, requests
         self.recipe = recipe = opened.recipe
         self.plan = Plan(recipe=recipe)
+        self.steepness: float | None = None
         with memory_errors(recipe, None, "the model"):
             self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
         left_out = self.state.method.catch_up()
@@ -128,7 +130,18 @@ class Trainer:
         progress.nonfinite_in_row = 0
         progress.loss_sum += result.loss
         progress.loss_steps += 1
+        if self.plan.watches_loss(step):
+            self._watch_plateau(step, result.loss)
         self.reporter.effect(self.state.watch.loss(step, result.loss))
+
+    def _watch_plateau(self, step: int, loss: float) -> None:
+        """End the warm start with this step, if its losses say so; every rank has the same."""
+        progress, longest = self.state.progress, self.recipe.switch_step or 0
+        means, pending = progress.warm_start_means, progress.warm_start_pending
+        found = take_loss_(means, pending, loss, longest=longest)
+        if found is not None:
+            self.plan.ended_at, self.steepness = step, found
+            self.reporter.say(f"the warm start ends at step {step} of {longest}: steepness {found:.2f}")
 
     def _record(self, step: int, result: StepResult) -> None:
         """Measure and log where that is due."""
@@ -151,7 +164,8 @@ class Trainer:
             precision=self.precision,
         ).as_metrics()
         if step == self.plan.switch_step:
-            progress.switch = {"step": step, **progress.evaluated}
+            ended = {} if self.steepness is None else {"steepness": self.steepness}
+            progress.switch = {"step": step, **progress.evaluated, **ended}
 
     def _switch(self) -> None:
         report = at_low_rank(self.state)

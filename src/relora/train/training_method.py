@@ -1,5 +1,6 @@
 """What a method does in a run: a value with hooks, called by the trainer at fixed points.
 
+    begin_warm_start_              before the optimizer of a warm start is built
     build_optimizer, attach        when a phase begins (and when a checkpoint of it is opened)
     switch_                        at the end of the warm start
     after_backward                 in every step, between the gradients and their clipping
@@ -21,8 +22,12 @@ from relora.data.prepared import PreparedData
 from relora.errors import OptimizerResetError
 from relora.method.restart import ReLoRA
 from relora.method.restart_report import RestartReport
+from relora.method.state_free import StateFree
+from relora.method.targets import choose_targets
 from relora.train.config import Recipe
-from relora.train.phase import Optimizer, PhaseName, Plan, build_optimizer, inject_factors, method_config
+from relora.train.groups import PhaseName
+from relora.train.joint import JointOptimizer
+from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config
 
 
 class TrainingMethod:
@@ -36,6 +41,9 @@ class TrainingMethod:
         """Return the recipe that the run's model is built by; the run's own unless the method says."""
         del data
         return self.recipe
+
+    def begin_warm_start_(self, model: nn.Module) -> None:
+        """Change the model as a warm start wants it, in place, before its optimizer is built."""
 
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """Return the optimizer of a phase, with the peak learning rate of each of its groups."""
@@ -73,36 +81,64 @@ class TrainingMethod:
 
 
 class LowRank(TrainingMethod):
-    """Factors beside frozen weights, trained by one AdamW together with what stays at full rank."""
+    """Factors beside frozen weights, trained beside what stays at full rank."""
+
+    warm_start: StateFree | None = None
+    """What trains the target matrices in a warm start without optimizer state."""
+    _was_taken: bool = True
+    """Whether the step that `after_step` is told of was taken."""
+
+    def begin_warm_start_(self, model: nn.Module) -> None:
+        """Take the target matrices from autograd and the optimizer, if the recipe wants a warm start so."""
+        kind = self.recipe.relora.warm_start_kind
+        if kind != "adamw" and self.plan.switch_step:
+            layers = choose_targets(model, method_config(self.recipe)).layers
+            self.warm_start = StateFree(model, layers, kind=kind)
 
     def switch_(self, model: nn.Module) -> str:
         """Put the factors in."""
+        if self.warm_start is not None:
+            self.warm_start.release_()
+            self.warm_start = None
         return str(inject_factors(model, self.recipe))
+
+    def step_refused(self, step: int) -> None:
+        """Remember it, so that what was observed of the step moves nothing."""
+        del step
+        self._was_taken = False
+
+    def after_step(self, step: int) -> RestartReport | None:
+        """Move what a warm start without optimizer state trains."""
+        was_taken, self._was_taken = self._was_taken, True
+        if self.warm_start is None:
+            return None
+        if not was_taken:
+            self.warm_start.drop()
+            return None
+        optim = self.recipe.optim
+        lr = optim.lr * self.plan.multiplier(step)
+        self.warm_start.step_(
+            step, size=lr * self.recipe.relora.warm_start_scale, keep=1 - lr * optim.weight_decay
+        )
+        return None
 
 
 class Restarting(LowRank):
     """Factors that are merged and begun anew at the ends of cycles."""
 
     restarter: ReLoRA | None = None
-    _was_taken: bool = True
-    """Whether the step that `after_step` is told of was taken."""
 
     def attach(self, model: nn.Module, optimizer: TorchOptimizer) -> None:
         """Make what restarts an injected model; before the switch there is none."""
         self.restarter = ReLoRA(
             model,
-            optimizer,
+            optimizer.parts if isinstance(optimizer, JointOptimizer) else optimizer,
             method_config(self.recipe),
             seed=self.recipe.run.seed,
             start=self.plan.switch_step or 0,
             end=self.recipe.total_steps,
             last_restart=self.plan.last_restart,
         )
-
-    def step_refused(self, step: int) -> None:
-        """Remember it, so that what was observed of the step moves nothing."""
-        del step
-        self._was_taken = False
 
     def after_step(self, step: int) -> RestartReport | None:
         """Restart at the end of a cycle.
@@ -111,7 +147,7 @@ class Restarting(LowRank):
             OptimizerResetError: if the reset did not do what it reports, or the cycle trained nothing.
         """
         if self.restarter is None:
-            return None
+            return super().after_step(step)
         was_taken, self._was_taken = self._was_taken, True
         report = self.restarter.after_step(step, was_taken=was_taken)
         # A cycle whose last steps were not taken may be still.

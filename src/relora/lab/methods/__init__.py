@@ -9,6 +9,7 @@ from relora.lab.methods.options import (
     GaLoreOptions,
     MuonOptions,
     OnlineOptions,
+    ScaleOptions,
     SwitchOptions,
 )
 from relora.train.methods import MethodSpec, register_method
@@ -20,6 +21,13 @@ for _spec in (
         name="full-muon",
         implementation=f"{_HERE}.muon:FullMuon",
         options=MuonOptions,
+        has_switch=False,
+        injects=False,
+    ),
+    MethodSpec(
+        name="full-scale",
+        implementation=f"{_HERE}.scale:FullScale",
+        options=ScaleOptions,
         has_switch=False,
         injects=False,
     ),

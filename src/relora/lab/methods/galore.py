@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim import Optimizer as TorchOptimizer
 
-from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import GaLoreOptions
+from relora.train.groups import PhaseName, rest_groups
+from relora.train.joint import JointOptimizer
 from relora.train.method_parts import choose_targets, derived_generator
-from relora.train.phase import Optimizer, PhaseName, method_config
+from relora.train.phase import Optimizer, adamw_of, method_config
 from relora.train.training_method import TrainingMethod
 
 _OVERSAMPLING = 8
@@ -161,9 +161,8 @@ class GaLore(TrainingMethod):
         assert isinstance(options, GaLoreOptions)
         layers = choose_targets(model, method_config(self.recipe)).layers
         names: dict[Tensor, str] = {layer.get_parameter("weight"): name for name, layer in layers.items()}
-        rest = [p for p in model.parameters() if p not in names]
-        matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
-        rest_lr, decay = optim.low_rank_lr_in_force, optim.weight_decay
+        others = [p for p in model.parameters() if p not in names]
+        rest = rest_groups(model, others, optim, lr=optim.low_rank_lr_in_force)
         joint = JointOptimizer(
             [
                 (
@@ -177,15 +176,12 @@ class GaLore(TrainingMethod):
                         randomised=options.projector == "randomised",
                         lr=optim.factor_lr_in_force,
                         betas=optim.betas,
-                        weight_decay=decay,
+                        weight_decay=optim.weight_decay,
                         seed=self.recipe.run.seed,
                     ),
                 ),
-                (
-                    [{"params": p, "weight_decay": d} for p, d in ((matrices, decay), (vectors, 0.0)) if p],
-                    lambda groups: AdamW(groups, lr=rest_lr, betas=optim.betas, fused=True),
-                ),
+                ([group.options() for group in rest], adamw_of(self.recipe, next(iter(names)).device)),
             ]
         )
-        rates = [optim.factor_lr_in_force] + [rest_lr] * (len(joint.param_groups) - 1)
-        return Optimizer(adamw=joint, peaks=tuple(rates))
+        rates = (optim.factor_lr_in_force, *(group.lr for group in rest))
+        return Optimizer(adamw=joint, peaks=rates)

@@ -5,12 +5,12 @@ Muon orthogonalises the momentum of a matrix; with the RMS of its update matched
 """
 
 from torch import nn
-from torch.optim import AdamW, Muon
 
-from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import MuonOptions
+from relora.train.groups import Group, PhaseName, rest_groups
+from relora.train.joint import JointOptimizer, matched_muon
 from relora.train.method_parts import choose_targets
-from relora.train.phase import Optimizer, PhaseName, method_config
+from relora.train.phase import Optimizer, adamw_of, method_config
 from relora.train.training_method import TrainingMethod
 
 
@@ -22,29 +22,16 @@ class FullMuon(TrainingMethod):
         del phase
         options, optim = self.recipe.options, self.recipe.optim
         assert isinstance(options, MuonOptions)
-        rest_lr = optim.lr if options.adamw_lr is None else options.adamw_lr
         layers = choose_targets(model, method_config(self.recipe)).layers.values()
         hidden = [layer.get_parameter("weight") for layer in layers]
-        rest = [p for p in model.parameters() if id(p) not in set(map(id, hidden))]
-        matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
-        decay = optim.weight_decay
+        others = [p for p in model.parameters() if id(p) not in set(map(id, hidden))]
+        rest_lr = optim.lr if options.adamw_lr is None else options.adamw_lr
+        rest = rest_groups(model, others, optim, lr=rest_lr)
+        first = Group(params=hidden, lr=optim.lr, weight_decay=optim.weight_decay)
         joint = JointOptimizer(
             [
-                (
-                    [{"params": hidden}],
-                    lambda groups: Muon(
-                        groups,
-                        lr=optim.lr,
-                        weight_decay=decay,
-                        momentum=options.momentum,
-                        adjust_lr_fn="match_rms_adamw",
-                    ),
-                ),
-                (
-                    [{"params": p, "weight_decay": d} for p, d in ((matrices, decay), (vectors, 0.0)) if p],
-                    lambda groups: AdamW(groups, lr=rest_lr, betas=optim.betas, fused=True),
-                ),
+                ([first.options()], lambda groups: matched_muon(groups, momentum=options.momentum)),
+                ([group.options() for group in rest], adamw_of(self.recipe, hidden[0].device)),
             ]
         )
-        rates = [optim.lr] + [rest_lr] * (len(joint.param_groups) - 1)
-        return Optimizer(adamw=joint, peaks=tuple(rates))
+        return Optimizer(adamw=joint, peaks=tuple(group.lr for group in (first, *rest)))

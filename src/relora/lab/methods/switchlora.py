@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim import Optimizer as TorchOptimizer
 
 from relora.lab.methods.counted import CountedRestarts
-from relora.lab.methods.joint import JointOptimizer
 from relora.lab.methods.options import SwitchOptions
+from relora.train.groups import PhaseName, parameter_groups
+from relora.train.joint import JointOptimizer
 from relora.train.method_parts import (
     FACTOR_INITS,
     Draw,
@@ -30,7 +30,7 @@ from relora.train.method_parts import (
     derived_generator,
     lora_parameters,
 )
-from relora.train.phase import Optimizer, PhaseName, Plan, parameter_groups
+from relora.train.phase import Optimizer, Plan, adamw_of
 
 
 class VectorAdam(TorchOptimizer):
@@ -106,10 +106,7 @@ class SwitchLoRA(CountedRestarts):
                     [{"params": params, "vectors": along} for along, params in enumerate(by_kind)],
                     lambda groups: VectorAdam(groups, lr=optim.factor_lr_in_force, betas=optim.betas),
                 ),
-                (
-                    [group.options() for group in rest],
-                    lambda groups: AdamW(groups, betas=optim.betas, fused=True),
-                ),
+                ([group.options() for group in rest], adamw_of(self.recipe, rest[0].params[0].device)),
             ]
         )
         rates = [optim.factor_lr_in_force] * len(by_kind) + [group.lr for group in rest]

@@ -1,0 +1,150 @@
+"""A full-rank phase without optimizer state: linear layers move by what the backward pass shows (H5, SCALE).
+
+    W <- (1 - lr * decay) W - lr * scale * D,    D of RMS 1 at most, as for `residual`: "sign" or "column"
+
+of G = g^T x, the whole gradient of the layer's weight. The weights are frozen for autograd, so there is
+neither a gradient nor a moment of them: from a layer's backward to the step 1 ("sign") or 2 bytes a weight
+are held, made a block of rows at a time. Under torch.distributed those are summed over ranks;
+DistributedDataParallel, which must be built after this, knows nothing of the weights. Eager mode only, as
+everything that observes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relora.errors import ConfigError
+from relora.method.complement_report import ComplementReport
+from relora.method.observe import observed, refuse_compiled
+from relora.method.ranks import sum_over_ranks_
+from relora.method.residuals import RESIDUALS, GradientObserver
+
+_BLOCK_ENTRIES = 1 << 22
+
+
+class PlainWeight:
+    """The weight of a plain linear layer (or a transposed `Conv1D`), (out_features, in_features)."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self.name, self.layer = name, layer
+        self.weight = layer.get_parameter("weight")
+        self._is_transposed = not isinstance(layer, nn.Linear)
+
+    @property
+    def _rows(self) -> Tensor:
+        weight = self.weight.detach()
+        return weight.T if self._is_transposed else weight
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self._rows.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self._rows.shape[1]
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Yield slices of output features."""
+        step = max(1, _BLOCK_ENTRIES // self.in_features)
+        for first in range(0, self.out_features, step):
+            yield slice(first, min(first + step, self.out_features))
+
+    def master_rows(self, rows: slice) -> Tensor:
+        """Return rows of the weight, which is its own master."""
+        return self._rows[rows]
+
+    def write_master_rows_(self, rows: slice, value: Tensor) -> None:
+        """Store rows of the weight."""
+        self._rows[rows] = value
+
+    def drop_stale_residual_(self) -> None:
+        """Nothing is kept beside the weight."""
+
+    def claim_residual_(self) -> None:
+        """Nothing is kept beside the weight."""
+
+
+class StateFree:
+    """Trains the weights of some layers without state, from its making until `release_`.
+
+    Args:
+        model: The model, not compiled.
+        layers: Plain linear layers of it, by full name; no biases are touched.
+        kind: "sign" or "column".
+
+    Raises:
+        ConfigError: if the model is compiled, or a weight is of half precision, which would round steps away.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], *, kind: str) -> None:
+        refuse_compiled(model, f"a warm start by {kind!r} steps")
+        self._kind = kind
+        self._weights = [PlainWeight(name, layer) for name, layer in layers.items()]
+        for weight in self._weights:
+            if weight.weight.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    f"a warm start by {kind!r} steps needs weights in float32, but {weight.name} is "
+                    f"{weight.weight.dtype}: most of a step would be rounded away"
+                )
+            weight.weight.requires_grad_(False)
+        self._observers: dict[nn.Module, GradientObserver] = {}
+        self._hooks = [
+            weight.layer.register_forward_hook(self._watch, with_kwargs=True) for weight in self._weights
+        ]
+        self._begin_step()
+
+    def _watch(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        return observed(output, x, (self._observers[layer],))
+
+    def _begin_step(self) -> None:
+        residual = RESIDUALS[self._kind]
+        self._observers = {weight.layer: GradientObserver(weight, residual) for weight in self._weights}
+
+    def drop(self) -> None:
+        """Forget what was seen of a step that is not taken."""
+        self._begin_step()
+
+    @torch.no_grad()
+    def step_(self, step: int, *, size: float, keep: float = 1.0) -> ComplementReport:
+        """Move every weight by what was seen of the step; every rank calls it.
+
+        Args:
+            step: The step just taken.
+            size: Learning rate times scale.
+            keep: What weight decay leaves of a weight.
+
+        Returns:
+            What moved, and what it took.
+
+        Raises:
+            ConfigError: if no backward pass went through any layer; nothing has moved then.
+        """
+        observers = list(self._observers.values())
+        if not any(observer.num_passes for observer in observers):
+            raise ConfigError(
+                f"step {step}: a warm start by {self._kind!r} steps saw no backward pass through any of "
+                f"{len(observers)} layers; is the model compiled?"
+            )
+        shared = [observer.shared() for observer in observers]
+        counts = [observer.num_passes for observer in observers]
+        passes = torch.tensor(counts, device="cpu").to(shared[0].device)
+        sum_over_ranks_([passes, *shared])
+        layers = tuple(
+            observer.move_(held, size, keep=keep) for observer, held in zip(observers, shared, strict=True)
+        )
+        self._begin_step()
+        return ComplementReport(step=step, residual=self._kind, layers=layers, passes=passes)
+
+    def release_(self) -> None:
+        """Give the weights back to autograd."""
+        for hook in self._hooks:
+            hook.remove()
+        for weight in self._weights:
+            weight.weight.requires_grad_(True)

@@ -1,0 +1,165 @@
+"""A phase at full rank without optimizer state: the right step, nothing kept, ranks alike."""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import relora.lab.methods  # noqa: F401 - their names
+from loops import batch, tiny_model
+from method_samples import LAYER_KINDS, as_rows
+from reference.beyond import majority, unit_columns
+from relora import ConfigError
+from relora.method.state_free import StateFree
+from tiny_run import tiny_recipe
+
+SIZE = 1e-2
+
+
+def backward(model, step, parts=1, *, chosen=slice(None)):
+    x, y = batch(step)
+    for part, target in list(zip(x.chunk(parts), y.chunk(parts), strict=True))[chosen]:
+        ((model(part.double()) - target).square().mean() / parts).backward()
+
+
+def gradients(model, step, parts):
+    """Each micro batch's gradients by autograd."""
+    found = []
+    for part in range(parts):
+        plain = copy.deepcopy(model)
+        backward(plain, step, parts, chosen=slice(part, part + 1))
+        found.append({name: as_rows_of_grad(plain.get_submodule(name)) for name in ("up", "down")})
+    return found
+
+
+def as_rows_of_grad(layer):
+    holder = copy.copy(layer)
+    holder._parameters = dict(layer._parameters, weight=nn.Parameter(layer.weight.grad))
+    return as_rows(holder)
+
+
+@pytest.mark.parametrize("kind", ["sign", "column"])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("layer_kind", LAYER_KINDS)
+def test_weights_move_by_the_sign_or_the_columns_of_their_gradient(kind, parts, layer_kind):
+    model = tiny_model()
+    model.down = LAYER_KINDS[layer_kind](11, 9)
+    model = model.double()
+    plain = copy.deepcopy(model)
+    trained = StateFree(model, {"up": model.up, "down": model.down}, kind=kind)
+    backward(model, 1, parts)
+    report = trained.step_(1, size=SIZE, keep=0.9)
+    seen = gradients(plain, 1, parts)
+    for name in ("up", "down"):
+        own = [each[name] for each in seen]
+        direction = majority(own) if kind == "sign" else unit_columns(sum(own))
+        wanted = 0.9 * as_rows(plain.get_submodule(name)) - SIZE * direction
+        # "column" keeps its sums in bf16.
+        atol = 1e-12 if kind == "sign" else 2**-6 * SIZE
+        np.testing.assert_allclose(as_rows(model.get_submodule(name)), wanted, rtol=0, atol=atol)
+        assert model.get_submodule(name).weight.grad is None
+        assert model.get_submodule(name).bias.grad is not None
+    weights = 7 * 11 + 11 * 9
+    assert (report.num_layers, report.moved_fraction) == (2, 1.0)
+    assert report.held_bytes == weights * (1 if kind == "sign" else 2)
+    assert report.flops == 2 * weights * 16
+
+
+def test_after_its_release_autograd_has_the_weights_again():
+    model = tiny_model(torch.float64)
+    trained = StateFree(model, {"up": model.up}, kind="sign")
+    assert not model.up.weight.requires_grad and model.down.weight.requires_grad
+    trained.release_()
+    backward(model, 1)
+    assert model.up.weight.grad is not None and not model.up._forward_hooks
+
+
+def test_what_was_seen_of_a_step_not_taken_is_dropped():
+    model, other = tiny_model(torch.float64), tiny_model(torch.float64)
+    for each, steps in ((model, (1, 2)), (other, (2,))):
+        trained = StateFree(each, {"up": each.up, "down": each.down}, kind="sign")
+        for step in steps:
+            trained.drop()
+            backward(each, step)
+        trained.step_(1, size=SIZE)
+    assert torch.equal(model.up.weight, other.up.weight)
+
+
+def test_entries_that_are_not_finite_move_nothing():
+    model = tiny_model(torch.float64)
+    before = model.up.weight.detach().clone()
+    trained = StateFree(model, {"up": model.up}, kind="sign")
+    x, y = batch(1)
+    x[:, 3] = float("nan")
+    (model(x.double()) - y).nan_to_num().square().mean().backward()
+    report = trained.step_(1, size=SIZE)
+    assert report.num_non_finite >= 11 and torch.equal(model.up.weight[:, 3], before[:, 3])
+    assert model.up.weight.isfinite().all()
+
+
+def test_what_cannot_work_is_refused_in_words():
+    model = tiny_model(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"up is torch\.bfloat16: most of a step would be rounded away"):
+        StateFree(model, {"up": model.up}, kind="sign")
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="is compiled"):
+        StateFree(torch.compile(model, backend="eager"), {"up": model.up}, kind="sign")
+    trained = StateFree(model, {"up": model.up}, kind="column")
+    with pytest.raises(ConfigError, match="saw no backward pass through any of 1 layers"):
+        trained.step_(1, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"run": {"method": "galore"}}, r'warm_start_kind must be "adamw" with run\.method \'galore\''),
+        ({"train": {"compile": True}}, r"train\.compile must be false with relora\.warm_start_kind"),
+        ({"relora": {"warm_start_scale": 0.0}}, r"warm_start_scale must be above 0"),
+    ],
+)
+def test_recipes_it_does_not_fit_are_refused(tmp_path, changes, complaint):
+    relora = {"warm_start_kind": "sign", **changes.get("relora", {})}
+    with pytest.raises(ConfigError, match=complaint):
+        tiny_recipe(tmp_path, **{**changes, "relora": relora})
+
+
+def trained_on_a_rank(rank, folder, kind):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(trained(kind, rank, 2), Path(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def trained(kind, rank=0, world_size=1):
+    model = tiny_model(torch.float64)
+    start = StateFree(model, {"up": model.up, "down": model.down}, kind=kind)
+    called = nn.parallel.DistributedDataParallel(model) if world_size == 2 else model
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in (1, 2, 3):
+        sgd.zero_grad()
+        x, y = (tensor.chunk(2) for tensor in batch(step))
+        share = [rank] if world_size == 2 else [0, 1]
+        for part in share:
+            ((called(x[part].double()) - y[part]).square().mean() / len(share)).backward()
+        sgd.step()
+        report = start.step_(step, size=SIZE)
+    assert report.shared_bytes == (report.held_bytes if world_size == 2 else 0)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["sign", "column"])
+def test_two_ranks_are_one_process_with_both_micro_batches(kind):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(trained_on_a_rank, (folder, kind), nprocs=2)
+        left, right = (torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1))
+    alone = trained(kind)
+    for name, value in left.items():
+        assert torch.equal(value, right[name])
+        # DDP means gradients, which halve what one process sums: signs and columns do not feel it.
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-3 if kind == "column" else 1e-9)
