@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they ran, interleaved timing, growth exponents, one JSON form."""
+"""What the benchmarks share: where they ran, interleaved timing, the allocator's count, one JSON form."""
 
 import argparse
 import datetime
@@ -8,23 +8,30 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("relora", "torch", "transformers", "tokenizers", "peft", "galore-torch")
+MEASURED = ("src", "recipes", "benchmarks/*.py")
+"""What decides a result, from the repository's root."""
+_ROOT = Path(__file__).parents[1]
+_PACKAGES = ("relora", "torch", "transformers", "tokenizers", "peft", "galore-torch", "bitsandbytes")
 
 
 def environment() -> dict[str, Any]:
     """Return where and with what a benchmark ran."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "has_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -35,8 +42,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def is_unchanged(commit: str) -> bool:
+    """Return whether nothing that decides a result has changed since a commit."""
+    return _git("diff", "--quiet", commit, "--", *MEASURED) is not None
+
+
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time several things in turn, so that what else the machine does falls on all alike.
 
@@ -44,6 +60,7 @@ def interleaved(
         runs: What to time, by name; each is called once a round.
         rounds: Timed rounds.
         warmup: Rounds before them that are not timed.
+        clock: Seconds that only go forward.
 
     Returns:
         Seconds of every round, by name.
@@ -52,11 +69,11 @@ def interleaved(
     for index in range(warmup + rounds):
         for name, run in runs.items():
             _wait()
-            begun = time.perf_counter()
+            begun = clock()
             run()
             _wait()
             if index >= warmup:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(clock() - begun)
     return times
 
 
@@ -65,7 +82,9 @@ def ratios(times: Mapping[str, Sequence[float]], *, base: str) -> dict[str, dict
     found = {}
     for name, values in times.items():
         each = [theirs / mine for mine, theirs in zip(values, times[base], strict=True)]
-        low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+        low, _, high = (
+            statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
+        )
         found[name] = {
             "median_s": statistics.median(values),
             "speed": statistics.median(each),
@@ -80,6 +99,36 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
+def allocated(profiler: profile) -> Iterator[int]:
+    """Yield the CPU allocator's count of live bytes after each change, from 0 where the profile begins."""
+    kineto = profiler.profiler
+    assert kineto is not None
+    waiting = list(kineto.kineto_results.experimental_event_tree())
+    changes = []
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag.name == "Allocation":
+            changes.append((event.start_time_ns, event.typed[1].alloc_size))
+    yield from accumulate(change for _, change in sorted(changes, key=lambda change: change[0]))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the most bytes that the CPU allocator held at once for something, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    return max(allocated(profiler), default=0)
+
+
+def bar(
+    what: str, value: float, *, least: float = -math.inf, most: float = math.inf, **beside: Any
+) -> dict[str, Any]:
+    """Return one bar of this project, what was measured, and whether it is met; `beside` stands beside it."""
+    limits = {"least": least, "most": most}
+    wanted = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+    return {"what": what, "value": value, **wanted, "is_met": least <= value <= most, **beside}
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(
@@ -92,14 +141,24 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def publish(name: str, result: Mapping[str, Any], path: Path | None) -> None:
+def publish(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Print a result with where it was taken, and write it where asked."""
-    whole = {"benchmark": name, "environment": environment(), **result}
-    text = json.dumps(whole, indent=2)
-    print(text)
+    print(json.dumps(record(name, result, options), indent=2))
+
+
+def record(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return a result with where it was taken; write it where asked. Long benchmarks do so as they go."""
+    whole = {"benchmark": name, "is_quick": options.quick, "environment": environment(), **result}
+    path: Path | None = options.json
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return whole
+
+
+def note(text: str) -> None:
+    """Say how far a benchmark is, on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _wait() -> None:
@@ -114,10 +173,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+def _git(*words: str) -> str | None:
+    """Return what git says; None where it fails, or where there is no history."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

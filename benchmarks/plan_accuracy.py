@@ -10,15 +10,13 @@ the profiler reports, so that kernels' scratch memory is in it. No timing: what 
 import gc
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from common import arguments, publish
+from common import allocated, arguments, publish
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -159,20 +157,6 @@ def measured(recipe: Recipe, *, vocab_size: int, steps: int = 3) -> dict[str, in
     return held
 
 
-def allocated(profiler: profile) -> Iterator[int]:
-    """Yield the CPU allocator's count of live bytes after each change, from 0 where the profile begins."""
-    kineto = profiler.profiler
-    assert kineto is not None
-    waiting = list(kineto.kineto_results.experimental_event_tree())
-    changes = []
-    while waiting:
-        event = waiting.pop()
-        waiting.extend(event.children)
-        if event.tag.name == "Allocation":
-            changes.append((event.start_time_ns, event.typed[1].alloc_size))
-    yield from accumulate(change for _, change in sorted(changes, key=lambda change: change[0]))
-
-
 def saved_bytes(loss: TokenLoss, tokens: Tensor, recipe: Recipe) -> int:
     """Return the bytes that the layers' forward pass keeps for the backward, each storage counted once."""
     parameters = {p.untyped_storage().data_ptr() for p in loss.parameters()}
@@ -232,7 +216,7 @@ def main() -> None:
 
     worst_of = {"weights, gradients, states": worst(EXACT), "activations": worst(("activations",))}
     result = {"largest_error": worst_of | {"peak": worst(("peak",))}, "cases": cases}
-    publish("plan_accuracy", result, options.json)
+    publish("plan_accuracy", result, options)
 
 
 if __name__ == "__main__":

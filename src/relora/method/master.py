@@ -22,6 +22,8 @@ from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_BLOCKS = 32
+
 
 class Master(Protocol):
     """How a weight and its residual spell one high-precision value.
@@ -169,6 +171,9 @@ def fingerprint(weight: Tensor) -> Tensor:
     """
     bits = weight.detach()
     bits = bits.view(torch.int16) if bits.dtype.is_floating_point else bits
-    rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+    # In blocks: on a CPU a sum in int64 makes an int64 copy first, four times the weight.
+    blocks = bits.split(-(-len(bits) // _BLOCKS))
+    rows = torch.cat([block.sum(1, dtype=torch.int64) for block in blocks])
+    columns = torch.stack([block.sum(0, dtype=torch.int64) for block in blocks]).sum(0)
     ramps = [torch.arange(1, len(sums) + 1, device=sums.device) for sums in (rows, columns)]
     return (rows * ramps[0]).sum() * 31 + (columns * ramps[1]).sum()
