@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from relora.train.precision import Resolved, resolve_precision
+
 RESULTS = Path(__file__).parent / "results"
 MEASURED = ("src", "recipes", "benchmarks/*.py")
 """What decides a result, from the repository's root."""
@@ -120,6 +122,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(allocated(profiler), default=0)
 
 
+def chosen_precisions(asked: list[Resolved] | None) -> tuple[list[Resolved], dict[str, str]]:
+    """Return the precisions to measure, and why another is left out: bf16, unless asked for or fast here."""
+    if asked is not None:
+        return asked, {}
+    fast, why = resolve_precision("auto", torch.device("cpu"))
+    return (["fp32", "bf16"], {}) if fast == "bf16" else (["fp32"], {"bf16": why})
+
+
 def bar(
     what: str, value: float, *, least: float = -math.inf, most: float = math.inf, **beside: Any
 ) -> dict[str, Any]:
@@ -142,13 +152,17 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def publish(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """Print a result with where it was taken, and write it where asked."""
-    print(json.dumps(record(name, result, options), indent=2))
+    """Print a finished result with where it was taken, and write it where asked."""
+    whole = record(name, {"is_complete": True, **result}, options)
+    print(json.dumps(whole, indent=2))
 
 
 def record(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Return a result with where it was taken; write it where asked. Long benchmarks do so as they go."""
-    whole = {"benchmark": name, "is_quick": options.quick, "environment": environment(), **result}
+    """Return a result with where it was taken, and write it where asked; a long benchmark does so as it goes,
+    so that what it has measured is there if it is stopped.
+    """
+    head = {"benchmark": name, "is_quick": options.quick, "is_complete": False, "environment": environment()}
+    whole = head | dict(result)
     path: Path | None = options.json
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,12 @@ layer (the difference of two depths, so that embeddings, head and loss cancel). 
 follow the tokens, such as casts of weights, are listed apart, as bytes a layer.
 """
 
-import argparse
-import json
 from contextlib import nullcontext
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
+from common import arguments, note, publish
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,41 +69,38 @@ def kept(model: LlamaForCausalLM, *, autocast: bool) -> tuple[int, int]:
     return by_kind[True], by_kind[False]
 
 
+def measure(name: str, precision: str, *, checkpointing: bool) -> dict[str, Any]:
+    """Count one variant, as the difference of two layers and one."""
+    autocast, settings = precision == "bf16", VARIANTS[name]
+    shallow, deep = (
+        kept(build(settings, num_layers=depth, checkpointing=checkpointing), autocast=autocast)
+        for depth in (1, 2)
+    )
+    return {
+        "precision": precision,
+        "gradient_checkpointing": checkpointing,
+        "variant": name,
+        "bytes_a_token_and_layer": (deep[0] - shallow[0]) / TOKENS,
+        "over_hidden_size": (deep[0] - shallow[0]) / TOKENS / HIDDEN,
+        "other_bytes_a_layer": deep[1] - shallow[1],
+    }
+
+
 def main() -> None:
     """Count every variant, in both precisions, with gradient checkpointing and without."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    options = arguments(__doc__).parse_args()
+    precisions = ["fp32"] if options.quick else ["fp32", "bf16"]
     results = []
-    for precision in ("fp32", "bf16"):
-        for checkpointing in (False, True):
-            for name, settings in VARIANTS.items():
-                shallow, deep = (
-                    kept(
-                        build(settings, num_layers=depth, checkpointing=checkpointing),
-                        autocast=precision == "bf16",
-                    )
-                    for depth in (1, 2)
-                )
-                results.append(
-                    {
-                        "precision": precision,
-                        "gradient_checkpointing": checkpointing,
-                        "variant": name,
-                        "bytes_a_token_and_layer": (deep[0] - shallow[0]) / TOKENS,
-                        "over_hidden_size": (deep[0] - shallow[0]) / TOKENS / HIDDEN,
-                        "other_bytes_a_layer": deep[1] - shallow[1],
-                    }
-                )
-                row = results[-1]
-                print(
-                    f"{precision}  {'checkpointed' if checkpointing else '':13}{name:22}"
-                    f"{row['bytes_a_token_and_layer']:9.0f} bytes a token and layer "
-                    f"({row['over_hidden_size']:5.1f} x hidden_size), other {row['other_bytes_a_layer']:9,}"
-                )
-    if arguments.json is not None:
-        report = {"hidden_size": HIDDEN, "rank": HIDDEN // DIVISOR, "tokens": TOKENS, "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for precision, checkpointing, name in product(precisions, [False, True], VARIANTS):
+        row = measure(name, precision, checkpointing=checkpointing)
+        results.append(row)
+        note(
+            f"{precision}  {'checkpointed' if checkpointing else '':13}{name:22}"
+            f"{row['bytes_a_token_and_layer']:9.0f} bytes a token and layer "
+            f"({row['over_hidden_size']:5.1f} x hidden_size), other {row['other_bytes_a_layer']:9,}"
+        )
+    report = {"hidden_size": HIDDEN, "rank": HIDDEN // DIVISOR, "tokens": TOKENS, "results": results}
+    publish("kept_activations", report, options)
 
 
 if __name__ == "__main__":

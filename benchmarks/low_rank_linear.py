@@ -10,22 +10,20 @@ Bytes kept for the backward, a token, are counted on the layer alone, its parame
 and on the factored path under autocast they include a bfloat16 copy of weight and factors.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
+from common import arguments, bar, chosen_precisions, interleaved, note, publish, record
 from torch import Tensor, nn
 
 from relora import ReLoRAConfig, inject
 from relora.method.forward import effective_flops, factored_flops
 
-DIVISORS = (4, 8, 16, 32)
+DIVISORS = (16, 4, 8, 32)
+SHARE_OF_LIMIT = 0.85
 VARIANTS = {
     "full": None,
     "factored": {"forward": "factored"},
@@ -65,18 +63,6 @@ def one_step(layer: nn.Module, x: Tensor, grad: Tensor, *, autocast: bool) -> No
         parameter.grad = None
 
 
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of each, measured in turns after two rounds that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds + 2):
-        for name, step in steps.items():
-            begun = time.process_time()
-            step()
-            if index >= 2:
-                times[name].append(time.process_time() - begun)
-    return times
-
-
 def kept_bytes(layer: nn.Module, x: Tensor, *, autocast: bool) -> int:
     """Count the bytes that the forward keeps for the backward, parameters left out."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
@@ -105,7 +91,7 @@ def measure(hidden: int, divisor: int, tokens: int, *, autocast: bool, rounds: i
         name: lambda layer=layer: one_step(layer, x, grad, autocast=autocast)
         for name, layer in layers.items()
     }
-    times = interleaved(steps, rounds)
+    times = interleaved(steps, rounds=rounds, warmup=2, clock=time.process_time)
     medians = {name: statistics.median(values) for name, values in times.items()}
     full_flops = flops(hidden, rank, tokens, None)
     rows = {}
@@ -125,12 +111,26 @@ def measure(hidden: int, divisor: int, tokens: int, *, autocast: bool, rounds: i
     return {"hidden": hidden, "rank": rank, "tokens": tokens, "precision": precision, "variants": rows}
 
 
+def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return this project's bar where it is set: at hidden_size 1024 and 2048 tokens."""
+    return [
+        bar(
+            f"hidden 1024, rank {result['rank']}, {result['precision']}: {name}, share of the FLOP limit",
+            result["variants"][name]["share_of_limit"],
+            least=SHARE_OF_LIMIT,
+        )
+        for result in results
+        if (result["hidden"], result["tokens"]) == (1024, 2048)
+        for name in ("effective", "effective, one-sided")
+    ]
+
+
 def show(result: dict[str, Any]) -> None:
     """Print one size as a table."""
-    print(f"\nhidden {result['hidden']}, rank {result['rank']}, {result['precision']}")
-    print(f"  {'':32}{'ms':>9}{'speed-up':>10}{'limit':>8}{'of it':>7}{'kept bytes a token':>20}")
+    note(f"\nhidden {result['hidden']}, rank {result['rank']}, {result['precision']}")
+    note(f"  {'':32}{'ms':>9}{'speed-up':>10}{'limit':>8}{'of it':>7}{'kept bytes a token':>20}")
     for name, row in result["variants"].items():
-        print(
+        note(
             f"  {name:32}{1e3 * row['median_s']:9.2f}{row['speedup']:10.3f}{row['flop_limit']:8.3f}"
             f"{row['share_of_limit']:7.2f}{row['kept_bytes_a_token']:20.1f}"
         )
@@ -138,35 +138,31 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure every size asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser = arguments(__doc__)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 512, 256, 2048])
     parser.add_argument("--divisors", type=int, nargs="+", default=list(DIVISORS), help="hidden / rank")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", help="default: what is fast here")
     parser.add_argument("--rounds", type=int, default=12, help="at least 10 for a median worth its name")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    if options.quick:
+        options.hidden, options.divisors, options.tokens, options.rounds = [32], [8], 64, 2
     torch.set_num_threads(1)
-    results = []
-    for hidden in arguments.hidden:
-        for divisor in arguments.divisors:
-            for precision in arguments.precision:
-                autocast = precision == "bf16"
-                result = measure(
-                    hidden, divisor, arguments.tokens, autocast=autocast, rounds=arguments.rounds
-                )
-                results.append(result)
-                show(result)
-    if arguments.json is not None:
-        report = {
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": 1,
-            "rounds": arguments.rounds,
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    precisions, left_out = chosen_precisions(options.precision)
+    results: list[dict[str, Any]] = []
+    report: dict[str, Any] = {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "absent": left_out,
+        "rounds": options.rounds,
+        "results": results,
+    }
+    for hidden, divisor, precision in product(options.hidden, options.divisors, precisions):
+        autocast = precision == "bf16"
+        results.append(measure(hidden, divisor, options.tokens, autocast=autocast, rounds=options.rounds))
+        show(results[-1])
+        report["bars"] = bars(results)
+        record("low_rank_linear", report, options)
+    publish("low_rank_linear", report, options)
 
 
 if __name__ == "__main__":

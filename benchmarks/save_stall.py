@@ -1,6 +1,6 @@
 """Measure what a checkpoint costs training, on the quickstart's model, optimizer and batch.
 
-    OMP_NUM_THREADS=1 python benchmarks/save_stall.py [--blocks 3] [--out benchmarks/results/save_stall.json]
+    OMP_NUM_THREADS=1 python benchmarks/save_stall.py [--json FILE] [--blocks 3]
 
 Blocks of 12 steps alternate: one without a save, one with a save in the background after its first step,
 one with a save in the foreground. What a block with a save takes longer than one without is what the save
@@ -8,10 +8,6 @@ costs in all (the copy, and what its thread takes of the machine); it is given a
 as well is how long the training thread stands still. Ratios within one run; times are of the machine.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, publish
 
 from relora.data.prepare import prepare
+from relora.train.config import Recipe
 from relora.train.loss import TokenLoss
 from relora.train.methods import load_method
 from relora.train.parallel import processes
@@ -31,28 +29,38 @@ from relora.train.reporting import Reporter
 from relora.train.run_folder import OpenedRun
 from relora.train.saving import Saver
 from relora.train.setup import at_low_rank, build_model, build_state
-from relora.train.state import versions
 from relora.train.step import train_step_
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12
 SAVE_EVERY = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--blocks", type=int, default=3, help="of each kind")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "save_stall.json")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        result = measured(Path(scratch), arguments.blocks)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        folder = Path(scratch)
+        recipe = load_recipe("quickstart", tiny(folder) if options.quick else None)
+        result = measured(recipe, folder, 1 if options.quick else options.blocks)
+    publish("save_stall", result, options)
 
 
-def measured(folder: Path, blocks: int) -> dict[str, Any]:
-    recipe = load_recipe("quickstart")
+def tiny(folder: Path) -> dict[str, dict[str, object]]:
+    return {
+        "data": {
+            "vocab_size": 512,
+            "max_bytes": 400_000,
+            "heldout_fraction": 0.3,
+            "seq_len": 32,
+            "cache_dir": str(folder / "cache"),
+        },
+        "relora": {"rank": 4},
+        "model": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+    }
+
+
+def measured(recipe: Recipe, folder: Path, blocks: int) -> dict[str, Any]:
     data = prepare(recipe.data)
     plan = Plan(recipe=recipe)
     times: dict[str, list[float]] = {"without": [], "background": [], "foreground": []}
@@ -98,10 +106,6 @@ def measured(folder: Path, blocks: int) -> dict[str, Any]:
         "training_thread_waits_s": {kind: statistics.median(values) for kind, values in waits.items()},
         "stall": {kind: statistics.median(values) / hundred for kind, values in waits.items()},
         "cost_in_all": {kind: (medians[kind] - medians["without"]) / hundred for kind in waits},
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": versions(),
     }
 
 

@@ -14,11 +14,10 @@ import argparse
 import copy
 from typing import Any, cast
 
-import torch
-from common import arguments, bar, interleaved, note, publish, ratios, record
+from common import arguments, bar, chosen_precisions, interleaved, note, publish, ratios, record
 from training import METHODS, Stepper, llama, token_batch, wrapped_matrices
 
-from relora.train.precision import Resolved, resolve_precision
+from relora.train.precision import Resolved
 
 LAYERS = {256: 8, 512: 4, 1024: 2, 2048: 1}
 """Decoder layers by hidden_size."""
@@ -111,14 +110,6 @@ def show(cell: dict[str, Any]) -> None:
                     f"{against['speed']:11.3f}{against['flop_limit']:8.3f}{against['share_of_limit']:7.2f}"
                 )
         note("".join(columns))
-
-
-def chosen_precisions(asked: list[Resolved] | None) -> tuple[list[Resolved], dict[str, str]]:
-    """Return the precisions to measure, and why another is left out: bf16, unless asked for or fast here."""
-    if asked is not None:
-        return asked, {}
-    fast, why = resolve_precision("auto", torch.device("cpu"))
-    return (["fp32", "bf16"], {}) if fast == "bf16" else (["fp32"], {"bf16": why})
 
 
 def parse() -> argparse.Namespace:

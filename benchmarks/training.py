@@ -16,8 +16,9 @@ from torch.optim import AdamW
 from torch.optim import Optimizer as TorchOptimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from relora import LoRALinear, ReLoRAConfig, inject, lora_parameters
+from relora import LoRALinear, ReLoRA, ReLoRAConfig, RestartReport, inject, lora_parameters
 from relora.lab.planner.live import LiveBytes
+from relora.method.linear import lora_layers
 from relora.train.loss import TokenLoss
 from relora.train.parallel import Processes
 from relora.train.phase import Optimizer
@@ -92,6 +93,20 @@ class Stepper:
         return live.flops
 
 
+def restarter(stepper: Stepper) -> Callable[[], RestartReport]:
+    """Return what restarts a ReLoRA model after the step that was just taken; call it after each one."""
+    model = cast(nn.Module, stepper.model)
+    config = lora_layers(model)[0].config
+    relora = ReLoRA(model, stepper.optimizer, config, start=stepper.step)
+
+    def restart() -> RestartReport:
+        report = relora.after_step(stepper.step)
+        assert report is not None and not report.merge.unmoved_layers
+        return report
+
+    return restart
+
+
 def llama(hidden_size: int, num_layers: int) -> LlamaForCausalLM:
     """Return decoder layers of the usual proportions, with a vocabulary small enough not to dominate."""
     torch.manual_seed(0)
@@ -135,7 +150,8 @@ def _relora(
 ) -> Callable[[PreTrainedModel, int], TorchOptimizer]:
     def prepare(model: PreTrainedModel, rank: int) -> TorchOptimizer:
         plain = cast(nn.Module, model)
-        inject(plain, ReLoRAConfig(rank=rank, **settings))
+        # A cycle of one step, so that whoever measures restarts has one after any.
+        inject(plain, ReLoRAConfig(rank=rank, restart_every=1, **settings))
         if factors_only:
             factors = {id(parameter) for _, parameter in lora_parameters(plain)}
             for parameter in plain.parameters():
@@ -179,6 +195,7 @@ METHODS = {
     "effective, factors only": Method(prepare=_relora(forward="effective", factors_only=True)),
     "one-sided, factors only": Method(prepare=_relora(factors="B", factors_only=True)),
     "GaLore": Method(prepare=_galore, packages=("galore_torch", "bitsandbytes")),
+    "auto, bf16 base": Method(prepare=_relora(base_dtype="bf16", master="host")),
     "one-sided, bf16 base": Method(prepare=_relora(factors="B", base_dtype="bf16", master="host")),
     "one-sided, int8 base": Method(prepare=_relora(factors="B", base_dtype="int8", master="host")),
 }
