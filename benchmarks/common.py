@@ -84,15 +84,20 @@ def ratios(times: Mapping[str, Sequence[float]], *, base: str) -> dict[str, dict
     found = {}
     for name, values in times.items():
         each = [theirs / mine for mine, theirs in zip(values, times[base], strict=True)]
-        low, _, high = (
-            statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
-        )
         found[name] = {
             "median_s": statistics.median(values),
             "speed": statistics.median(each),
-            "speed_quartiles": [low, high],
+            "speed_quartiles": quartiles(each),
         }
     return found
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import arguments, bar, note, publish
+from common import arguments, bar, note, publish, quartiles
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -146,7 +146,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "shares": shares,
         "overhead": statistics.median(overheads),
         "overhead_mean": 1 - sum(shares.values()),
-        "overhead_quartiles": statistics.quantiles(overheads, n=4, method="inclusive"),
+        "overhead_quartiles": quartiles(overheads),
         "overhead_with_clipping": statistics.median(map(sum, zip(overheads, clipping, strict=True))),
     }
 

@@ -12,7 +12,7 @@ hidden_size: a merge is a product of (d, r) and (r, d).
 import statistics
 from typing import Any
 
-from common import arguments, bar, exponent, interleaved, note, peak_bytes, publish, record
+from common import arguments, bar, exponent, interleaved, note, peak_bytes, publish, quartiles, record
 from steps import LAYERS
 from training import METHODS, Stepper, llama, restarter, token_batch, wrapped_matrices
 
@@ -35,7 +35,7 @@ def measure(hidden: int, method: str, *, tokens: int, rounds: int) -> dict[str, 
     return {
         "step_s": step_s,
         "restart_s": restart_s,
-        "restart_quartiles_s": statistics.quantiles(times["restart"], n=4, method="inclusive"),
+        "restart_quartiles_s": quartiles(times["restart"]),
         "share_of_cycle": restart_s / (CYCLE * step_s + restart_s),
         "peak_bytes": extra,
         "layer_bytes": layer_bytes,

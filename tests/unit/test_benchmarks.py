@@ -132,10 +132,10 @@ def test_restart_counts_seconds_and_bytes(quick: Quick) -> None:
     assert all(len(rows) == 2 for rows in result["results"].values())
 
 
-@pytest.mark.parametrize("method", ["auto", "auto, bf16 base", "one-sided, int8 base"])
+@pytest.mark.parametrize("method", ["auto, bf16 base", "one-sided, int8 base"])
 def test_a_restart_needs_less_memory_than_a_layer(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
-    row = import_module("restart").measure(256, method, tokens=256, rounds=1)
+    row = import_module("restart").measure(320, method, tokens=256, rounds=1)
     assert 0 < row["peak_over_layer"] < 1
 
 
