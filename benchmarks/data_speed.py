@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes, whole_text = SIZES, DataConfig(vocab_size=4096)
     if options.quick:
-        sizes, options.rounds = (200_000, 400_000), 2
+        sizes, options.rounds = (200_000, 400_000), 1
         whole_text = DataConfig(vocab_size=512, max_bytes=sizes[-1], heldout_fraction=0.3)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
