@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora import ReLoRAConfig, inject
+from relora.train.setup import enable_checkpointing_
 
 HIDDEN, DIVISOR, TOKENS = 256, 16, 512
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -43,7 +44,7 @@ def build(settings: dict[str, Any] | None, *, num_layers: int, checkpointing: bo
     if settings is not None:
         inject(model, ReLoRAConfig(rank=HIDDEN // DIVISOR, **settings))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing_(model)
     return model.train()
 
 

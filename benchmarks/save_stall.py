@@ -11,6 +11,7 @@ as well is how long the training thread stands still. Ratios within one run; tim
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def measured(recipe: Recipe, folder: Path, blocks: int) -> dict[str, Any]:
     plan = Plan(recipe=recipe)
     times: dict[str, list[float]] = {"without": [], "background": [], "foreground": []}
     waits: dict[str, list[float]] = {"background": [], "foreground": []}
-    with processes("auto") as here:
+    with processes("auto") as here, ExitStack() as opened_files:
         method = load_method(recipe.run.method)(plan)
         state = build_state(build_model(recipe, data), method, here, low_rank=False)
         at_low_rank(state)
@@ -80,7 +81,9 @@ def measured(recipe: Recipe, folder: Path, blocks: int) -> dict[str, Any]:
                 notes=(),
             )
             opened.folder.mkdir()
-            savers[kind] = Saver(opened, plan, here, Reporter(opened, plan, state, here), precision="fp32")
+            reporter = Reporter(opened, plan, state, here)
+            opened_files.callback(reporter.close)
+            savers[kind] = Saver(opened, plan, here, reporter, precision="fp32")
         for block in range(3 * blocks + 1):
             kind = list(times)[block % 3] if block else "warm-up"
             begun = time.perf_counter()
