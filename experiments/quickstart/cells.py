@@ -97,9 +97,7 @@ def lora(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     return _two_factors("lora", changes, lr, times=times, scale=scale, **cell)
 
 
-def _two_factors(
-    arm: str, changes: Overrides, lr: float, *, times: float, scale: float, **cell: Any
-) -> Cell:
+def _two_factors(arm: str, changes: Overrides, lr: float, *, times: float, scale: float, **cell: Any) -> Cell:
     """An arm that trains both factors, at a scale of alpha / r."""
     relora = changes["relora"] if scale == 1 else changes["relora"] | {"alpha": scale * RANK}
     optim, schedule = {"factor_lr": lr * times}, {"rewarmup_steps": 10}
