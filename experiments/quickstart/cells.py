@@ -111,11 +111,16 @@ PEAK = 4e-3
 
 CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
-    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4)),
+    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4, 8, 16)),
+    *(full(lr, rest=rest, stage="full") for lr in (2e-3, 8e-3) for rest in (4, 8, 16)),
     *(arm(PEAK, times, stage="tune") for times in (1, 2, 4) for arm in (one_sided, lora, both)),
     *(signed(PEAK, times, stage="tune") for times in (0.5, 1, 2)),
-    *(signed(PEAK, 1, rest=rest, stage="rest") for rest in (2, 4)),
-    *(signed(PEAK, 0.5, rest=rest, stage="rest") for rest in (2, 4)),
-    *(arm(PEAK, 2, rest=rest, stage="rest") for rest in (2, 4) for arm in (lora, both)),
-    *(one_sided(PEAK, 1, rest=rest, stage="rest") for rest in (2, 4)),
+    *(signed(PEAK, times, rest=rest, stage="rest") for times in (0.5, 1) for rest in (2, 4, 8, 16)),
+    *(
+        arm(PEAK, times, rest=rest, stage="rest")
+        for times in (1, 2)
+        for rest in (4, 8, 16)
+        for arm in (lora, both)
+    ),
+    *(one_sided(PEAK, 1, rest=rest, stage="rest") for rest in (4, 8, 16)),
 ]

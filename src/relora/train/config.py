@@ -167,7 +167,9 @@ class Recipe:
         if not (self.train.compile and self.spec.has_switch):
             return []
         relora = self.relora
-        watching = {"warm_start_kind": relora.warm_start_kind} if relora.warm_start_steps > 0 else {}
+        watching: dict[str, str] = {}
+        if relora.warm_start_steps > 0:
+            watching["warm_start_kind"] = relora.warm_start_kind
         if self.spec.restarts:
             watching |= {"residual": relora.residual, "init": relora.factor_init}
         return [
