@@ -1,4 +1,5 @@
-"""Print the numbers that docs/beyond.md quotes: what a sketch captures, how often votes tie.
+"""Print the numbers that docs/beyond.md quotes: what a sketch captures, how often votes tie, what
+lora_B carries of a coded base's error.
 
     python benchmarks/beyond_facts.py [--json]
 
@@ -6,14 +7,17 @@ About a minute on one core; nothing here is a timing.
 """
 
 import argparse
+import importlib.util
 import json
 
 import torch
 from torch import Tensor, nn
 
 from relora import LoRALinear, ReLoRAConfig, inject
-from relora.method.complement import RESIDUALS
+from relora.method.base_error import carry_base_error_
 from relora.method.gradient_init import Sketch
+from relora.method.linear import lora_layers
+from relora.method.residuals import RESIDUALS
 
 
 def with_spectrum(side: int, *, decay: float, seed: int) -> Tensor:
@@ -57,6 +61,18 @@ def iterated(gradient: Tensor, rank: int, seed: int) -> Tensor:
     return rows
 
 
+def carried(size: int, rank: int, *, dtype: str = "int8", rounds: int = 3) -> float:
+    """Return the share of the error of a base of codes that lora_B can carry."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, size, bias=False))
+    inject(model, ReLoRAConfig(rank=rank, factors="B", base_dtype=dtype, master="host", init="orthonormal"))
+    return carry_base_error_(lora_layers(model), rounds=rounds).cancelled_fraction
+
+
+def _nf4_ranks() -> tuple[int, ...]:
+    return (128, 64) if importlib.util.find_spec("bitsandbytes") else ()
+
+
 def moved_by_noise(num_micro_batches: int) -> float:
     """Return the fraction of entries that a vote moves if every micro batch's gradient is pure noise."""
     generator = torch.Generator().manual_seed(0)
@@ -78,6 +94,12 @@ def main() -> None:
             for rank in (32, 128)
             for decay in (0.25, 0.5, 1.0, 2.0)
         },
+        "share of a coded base's error that lora_B carries, 512 x 512": {
+            f"int8, rank {rank}, {rounds} rounds": carried(512, rank, rounds=rounds)
+            for rank in (128, 64)
+            for rounds in (1, 3)
+        }
+        | {f"nf4, rank {rank}, 3 rounds": carried(512, rank, dtype="nf4") for rank in _nf4_ranks()},
         "entries moved by noise, by micro batches": {k: moved_by_noise(k) for k in (1, 2, 3, 4, 8, 16)},
     }
     if arguments.json:

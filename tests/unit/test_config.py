@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "residual_scale": 1.0,
     "residual_every": 1,
     "residual_layers": None,
+    "carry_base_error": False,
     "restart_growth": 1.0,
     "merge_precision": "float32",
 }
@@ -52,6 +53,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     *(("residual", value) for value in ("adam", None, True)),
     *(("residual_scale", value) for value in (0.0, -1.0, math.inf)),
     *(("residual_every", value) for value in (0, -1, 2.0, None)),
+    *(("carry_base_error", value) for value in (1, "yes", None)),
     *(("residual_layers", value) for value in (0, -1, 2.0)),
     *(("restart_growth", value) for value in (0.0, -1.0, math.inf)),
     *(("merge_precision", value) for value in ("bfloat16", None)),

@@ -81,6 +81,9 @@ class ReLoRAConfig:
     master: MasterPlace = "device"
     """Where the bits are that the base lacks of float32: beside it on the device, or in host memory, which
     only restarts and checkpoints read. The base is then all that the device holds of a frozen weight."""
+    carry_base_error: bool = False
+    """At restarts lora_B starts not at 0, but where the delta best cancels the error of a base of codes
+    (base_dtype "int8" or "nf4")."""
     forward: Forward = "auto"
     """"effective" applies W + scaling * lora_B @ lora_A as one weight, "factored" base and factors one after
     the other; "auto" takes the one of fewer FLOPs. Dropout in training is always factored."""
@@ -174,6 +177,7 @@ class ReLoRAConfig:
             *_choice("merge_precision", self.merge_precision, get_args(MergePrecision)),
             *_choice("base_dtype", self.base_dtype, get_args(BaseDtype)),
             *_choice("master", self.master, get_args(MasterPlace)),
+            *_boolean("carry_base_error", self.carry_base_error),
             *self._storage(),
             *_choice("forward", self.forward, get_args(Forward)),
             *_number("base_weight_decay", self.base_weight_decay, least=0.0),
@@ -185,6 +189,11 @@ class ReLoRAConfig:
         if self.base_dtype in ("int8", "nf4") and self.master != "host":
             problems.append(
                 f"base_dtype={self.base_dtype!r} needs master='host': a merge into the codes alone is lost"
+            )
+        if self.carry_base_error is True and self.base_dtype not in ("int8", "nf4"):
+            problems.append(
+                f"carry_base_error must be false with base_dtype={self.base_dtype!r}: only codes have an "
+                "error worth it"
             )
         if self.merge_precision == "native" and (self.base_dtype != "keep" or self.master == "host"):
             problems.append(

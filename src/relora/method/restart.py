@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from relora.errors import CheckpointError, ConfigError
 from relora.method.adapters import adapter_for
+from relora.method.base_error import carry_base_error_
 from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig, ResetMethod
 from relora.method.linear import LoRALinear, lora_layers
@@ -171,6 +172,7 @@ class ReLoRA:
         old_As = {f"{layer.name}.lora_B".lstrip("."): layer.lora_A.detach().clone() for layer in old}
         reinit_(self._layers, seed=self.seed, restart_index=index)
         gradient_init = self._watch.take_gradient_rows_(seen=seen)
+        base_error = carry_base_error_(self._layers) if self.config.carry_base_error else None
         overlaps = {
             name: overlap(old_A, layer) for (name, old_A), layer in zip(old_As.items(), old, strict=True)
         }
@@ -181,7 +183,12 @@ class ReLoRA:
         )
         self.restart_index, self._restarted_at = index, step
         return RestartReport(
-            restart_index=index, step=step, merge=merge, resets=resets, gradient_init=gradient_init
+            restart_index=index,
+            step=step,
+            merge=merge,
+            resets=resets,
+            gradient_init=gradient_init,
+            base_error=base_error,
         )
 
     def _watch_next_step(self) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from relora.method.base_error import BaseErrorReport
 from relora.method.gradient_init import GradientInitReport
 from relora.method.merge import LayerMerge, MergeReport
 from relora.method.reset import ParameterReset, ResetReport
@@ -20,6 +21,8 @@ class RestartReport:
     """One for each optimizer that holds factors, and one for learned scalings if there are any."""
     gradient_init: GradientInitReport | None = None
     """Where the new lora_A come from with init="gradient"; else None."""
+    base_error: BaseErrorReport | None = None
+    """What lora_B took over of the base's error with carry_base_error; else None."""
 
     @property
     def max_function_change(self) -> float:
@@ -87,6 +90,7 @@ class RestartReport:
             "unmoved_layers": list(self.merge.unmoved_layers),
             "without_state": list(self.without_state),
             "gradient_init": self._gradient_init(),
+            "base_error": self._base_error(),
             "layers": [asdict(layer) for layer in self.layers],
             "parameters": [asdict(parameter) for parameter in self.parameters],
         }
@@ -100,10 +104,16 @@ class RestartReport:
         drawn = ""
         if self.gradient_init is not None:
             drawn = f", {self.gradient_init.gradient_rows} of {self.gradient_init.rows} rows from gradients"
+        if self.base_error is not None:
+            drawn += f", {self.base_error.cancelled_fraction:.0%} of the base's error cancelled"
         return (
             f"restart {self.restart_index} after step {self.step}: {self.num_layers} layers merged "
             f"(error {self.relative_merge_error:.1e}), {zeroed}{carried}{drawn}"
         )
+
+    def _base_error(self) -> dict[str, Any] | None:
+        found = self.base_error
+        return None if found is None else {"cancelled_fraction": found.cancelled_fraction, **asdict(found)}
 
     def _gradient_init(self) -> dict[str, Any] | None:
         return None if self.gradient_init is None else asdict(self.gradient_init)
