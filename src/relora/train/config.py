@@ -242,7 +242,7 @@ def _shortest_cycle(first: int, growth: float, steps: int) -> int:
 
 _OF_RESTARTS = (
     *("restart_growth", "reset", "reset_ratio", "reset_mask", "reset_step_count"),
-    *("residual", "residual_scale", "residual_every", "residual_layers"),
+    *("residual", "residual_scale", "residual_every", "residual_layers", "carry_base_error"),
 )
 
 SECTIONS: dict[str, Any] = {part.name: part.type for part in fields(Recipe)}
