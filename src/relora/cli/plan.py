@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -33,6 +33,8 @@ class PlanArguments(VerbArguments):
     """Memory of one device, as 24GiB or 80GB: says what fits, and which settings would make the rest fit."""
     devices: int = 1
     """Processes that share a batch under torchrun."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What each of them trains on; "auto" is a GPU where this machine has one."""
     vocab_size: int | None = None
     """Entries of the tokenizer, where the recipe names one that is not at hand."""
     svg: Path | None = None
@@ -63,11 +65,15 @@ def run(words: Sequence[str]) -> int:
     memory = None if arguments.memory is None else memory_bytes(arguments.memory)
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
-        from relora.lab.planner.plan import plan_run
+        from relora.lab.planner.plan import device_here, plan_run
         from relora.lab.planner.show import chart, show_plan
 
         plan = plan_run(
-            recipe, memory_bytes=memory, vocab_size=arguments.vocab_size, devices=arguments.devices
+            recipe,
+            memory_bytes=memory,
+            vocab_size=arguments.vocab_size,
+            devices=arguments.devices,
+            device=device_here() if arguments.device == "auto" else arguments.device,
         )
         if arguments.svg is not None:
             _write(arguments.svg, chart(plan))

@@ -89,6 +89,11 @@ class FrozenBase(nn.Module):
         return (self.weight,) if self.weight_scale is None else (self.weight, self.weight_scale)
 
     @property
+    def host_residual(self) -> Tensor | None:
+        """The part of the exact value that is in host memory; None where the device holds all of it."""
+        return self._host_residual
+
+    @property
     def _plain_shape(self) -> tuple[int, int]:
         sides = (self.out_features, self.in_features)
         return sides[::-1] if self.is_transposed else sides

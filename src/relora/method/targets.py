@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from relora.errors import ConfigError
 from relora.method.config import ALL_LINEAR, ReLoRAConfig
@@ -164,7 +165,7 @@ def _tied(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[str]:
 
 def _storage(tensor: object) -> object:
     assert isinstance(tensor, Tensor)
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr()
 

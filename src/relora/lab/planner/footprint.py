@@ -1,35 +1,29 @@
-"""One optimizer step of a recipe, taken on tensors without memory: what it holds, and when it holds most.
+"""What one device holds in a phase of a run, and when it holds most.
 
-Nothing here knows how large anything is. The real model is built on the meta device, the real `inject` puts
-the factors in, and the real training step runs on fake tensors under `LiveBytes`: figures follow the code.
-Fused kernels' scratch memory, the allocator's rounding and what a GPU's context takes are not in them.
+Traced on fake tensors (module `trace`): the whole model where it is small or its layers differ, else two
+shadows of it, whose difference is what one more layer holds. Fused kernels' scratch memory, the allocator's
+rounding and what a GPU's context takes are not in the figures.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from relora.lab.planner.live import CAST, LiveBytes
+from relora.errors import ConfigError
+from relora.lab.planner.shadow import SHADOW_DEPTHS, are_alike, in_large_blocks, repeated_layers
+from relora.lab.planner.trace import Circumstances, Trace, chunk_tokens_of, trace
 from relora.train.blueprint import blueprint
+from relora.train.chunked_loss import auto_chunk_tokens
 from relora.train.config import Recipe
-from relora.train.loss import TokenLoss
-from relora.train.parallel import Processes
-from relora.train.phase import Optimizer, build_optimizer, inject_factors, num_parameters, state_bytes
 from relora.train.precision import Resolved
-from relora.train.setup import enable_checkpointing_
-from relora.train.step import train_step_
+from relora.train.sections import ReLoRASection, TrainConfig
 
-WEIGHTS, RESIDUAL, LORA, STATES = "weights", "residual", "factors", "optimizer"
-FORWARD, LOSS, BACKWARD, GRADIENTS = "activations", "loss", "backward", "gradients"
-UPDATE, OTHER = "update", "other"
-_FACTORS = ("lora_A", "lora_B", "lora_scaling")
+DeviceType = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +34,17 @@ class Footprint:
     parameters_trainable: int
     parameters_factors: int
     weights_bytes: int
-    """Parameters of the plain model, and its constants."""
+    """Parameters of the plain model, in the dtype they are kept in, and its constants."""
     residual_bytes: int
-    """What a base in low precision keeps beside it, so that merges lose nothing."""
+    """What a base in low precision keeps beside it on the device, so that merges lose nothing."""
+    host_bytes: int
+    """What it keeps of that in host memory (relora.master "host")."""
     factors_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    observed_bytes: int
+    """What relora.residual or init "gradient" keep of the base's gradient, from a layer's backward pass to
+    the end of the step."""
     casts_bytes: int
     """Copies of weights in the dtype of the products, at the end of a forward pass."""
     activations_bytes: int
@@ -54,19 +53,31 @@ class Footprint:
     """The most that the head and the loss hold at one time, logits and the head's gradient included."""
     bucket_bytes: int
     """Buckets in which DDP keeps the gradients between steps; 0 on one device."""
+    checkpoint_bytes: int
+    """The copy in host memory of what a checkpoint saves, while it is written."""
     peak_bytes: int
-    """The most held at one time in a step."""
+    """The most held at one time; host memory is in it where the device is the host."""
+    peak_moment: str
+    """When that is."""
     peak_by_kind: dict[str, int]
     """What the peak is made of."""
+    moments: dict[str, int]
+    """The most held in each stage: start, forward, loss, backward, update, evaluation, restart."""
     activations_bytes_per_token: float
     flops_per_token: float
     """Matrix products of forward and backward, recomputation included."""
 
 
 def footprint(
-    recipe: Recipe, *, low_rank: bool, precision: Resolved, vocab_size: int | None = None, devices: int = 1
+    recipe: Recipe,
+    *,
+    low_rank: bool,
+    precision: Resolved,
+    vocab_size: int | None = None,
+    devices: int = 1,
+    device: DeviceType = "cpu",
 ) -> Footprint:
-    """Take a step of a recipe on fake tensors.
+    """Take a step, an evaluation and a restart of a recipe on fake tensors.
 
     Args:
         recipe: The run.
@@ -74,165 +85,102 @@ def footprint(
         precision: Of the matrix products.
         vocab_size: As for `blueprint`.
         devices: Processes that share the batch under DDP.
+        device: "cuda" has a host beside it, and larger chunks in the loss.
 
     Raises:
-        ConfigError: if the model cannot be built, or the factors do not fit into it.
+        ConfigError: if the model cannot be built or traced, or the factors do not fit into it.
     """
-    model = blueprint(recipe, vocab_size=vocab_size)
-    plain = cast(nn.Module, model)
-    if recipe.train.gradient_checkpointing:
-        enable_checkpointing_(model)
-    if low_rank:
-        inject_factors(plain, recipe)
-    rows, live = recipe.train.micro_batch_size, LiveBytes()
-    with FakeTensorMode(), _as_if_real():
-        _as_fake_(plain)
-        with live:
-            _count_weights(live, plain)
-            loss = TokenLoss(model, chunk_tokens=recipe.train.loss_chunk_tokens)
-            optimizer = build_optimizer(plain, recipe, "low_rank" if low_rank else "full")
-            _make_states_(live, optimizer)
-            if devices > 1 or recipe.train.batch_size > rows * devices:
-                _hold_gradients_(live, optimizer)
-            seen = _watch(live, loss, optimizer)
-            live.restart_peak()
-            _step_(recipe, loss, optimizer, precision)
-        tokens = rows * recipe.data.seq_len
-        factors = [p for name, p in plain.named_parameters() if name.endswith(_FACTORS)]
-        return Footprint(
-            parameters_total=num_parameters(plain),
-            parameters_trainable=num_parameters(plain, trainable=True),
-            parameters_factors=sum(p.numel() for p in factors),
-            weights_bytes=seen[WEIGHTS],
-            residual_bytes=seen[RESIDUAL],
-            factors_bytes=seen[LORA],
-            gradients_bytes=live.bytes[GRADIENTS],
-            optimizer_bytes=state_bytes(optimizer.adamw),
-            casts_bytes=seen[CAST],
-            activations_bytes=seen[FORWARD],
-            loss_bytes=live.label_peaks[LOSS],
-            bucket_bytes=live.bytes[GRADIENTS] if devices > 1 else 0,
-            peak_bytes=live.peak,
-            peak_by_kind={kind: num for kind, num in live.at_peak.items() if num},
-            activations_bytes_per_token=seen[FORWARD] / tokens,
-            flops_per_token=live.flops / tokens,
-        )
-
-
-@contextmanager
-def _as_if_real() -> Iterator[None]:
-    """Let `transformers` look at the values of fake tensors, which `LiveBytes` answers for.
-
-    It takes fake tensors for a graph being traced, where it cannot see that sequences are not packed, and
-    hands attention a (T, T) mask that a run in eager mode never makes.
-    """
-    module: Any = masking_utils
-    found = getattr(module, "is_tracing", None)
-    module.is_tracing = lambda *_: False
-    try:
-        yield
-    finally:
-        module.is_tracing = found
-
-
-def _as_fake_(model: nn.Module) -> None:
-    """Put a fake tensor of the CPU in the place of every tensor of a model on the meta device.
-
-    The CPU's kernels are the ones that choose how attention is computed; the meta device would write out
-    the (T, T) weights that neither CPU nor GPU keep.
-    """
-    fakes: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            fakes[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        return fakes[id(tensor)]
-
-    for module in model.modules():
-        tensors: dict[str, Any]
-        for tensors in (cast(dict[str, Any], module._parameters), module._buffers, vars(module)):
-            for name, value in tensors.items():
-                if isinstance(value, Tensor):
-                    tensors[name] = fake(value)
-
-
-def _count_weights(live: LiveBytes, model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        live.count([parameter], LORA if name.endswith(_FACTORS) else WEIGHTS, are_parameters=True)
-    for name, buffer in model.named_buffers():
-        live.count([buffer], RESIDUAL if "residual" in name else WEIGHTS)
-
-
-def _make_states_(live: LiveBytes, optimizer: Optimizer) -> None:
-    """Let the optimizer make its states, as its first step does."""
-    for parameter in _trained(optimizer):
-        parameter.grad = torch.empty_like(parameter)
-    live.label = STATES
-    optimizer.adamw.step()
-    optimizer.adamw.zero_grad(set_to_none=True)
-
-
-def _hold_gradients_(live: LiveBytes, optimizer: Optimizer) -> None:
-    """Keep gradients in memory through the forward pass.
-
-    So they are in every micro step but a batch's first, and under DDP always, whose buckets they live in.
-    """
-    live.label = GRADIENTS
-    for parameter in _trained(optimizer):
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.adamw.zero_grad = _keep_gradients  # type: ignore[method-assign]
-
-
-def _keep_gradients(set_to_none: bool = True) -> None:
-    del set_to_none
-
-
-def _watch(live: LiveBytes, loss: TokenLoss, optimizer: Optimizer) -> Counter[str]:
-    """Tell `live` what is under way, and return what is held at the end of the layers' forward pass."""
-    seen = Counter(live.bytes)
-
-    def begin(label: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            live.label = label
-
-        return hook
-
-    def at_hidden_states(*_: object) -> None:
-        for kind in (FORWARD, CAST):
-            seen[kind] = live.bytes[kind]
-        live.label = LOSS
-
-    def at_gradient(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        live.relabel(parameter.grad, GRADIENTS)
-
-    loss.register_forward_pre_hook(begin(FORWARD))
-    loss.body.register_forward_hook(at_hidden_states)
-    loss.register_forward_hook(begin(BACKWARD))
-    optimizer.adamw.register_step_pre_hook(begin(UPDATE))
-    for parameter in _trained(optimizer):
-        parameter.register_post_accumulate_grad_hook(at_gradient)
-    live.label = OTHER
-    return seen
-
-
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.adamw.param_groups for parameter in group["params"]]
-
-
-def _step_(recipe: Recipe, loss: TokenLoss, optimizer: Optimizer, precision: Resolved) -> None:
-    """Take the trainer's own step, of one micro batch."""
     rows = recipe.train.micro_batch_size
-    train_step_(
-        loss,
-        optimizer,
-        torch.zeros(rows, recipe.data.seq_len, dtype=torch.int64),
-        Processes(rank=0, world_size=1, device=torch.device("cpu")),
-        step=1,
-        seed=recipe.run.seed,
-        micro_batch_size=rows,
+    given = Circumstances(
+        low_rank=low_rank,
         precision=precision,
-        clip_grad_norm=recipe.optim.clip_grad_norm,
+        holds_gradients=devices > 1 or recipe.train.batch_size > rows * devices,
+        has_host=device != "cpu",
+        chunk_tokens=_chunk_tokens(_plain(recipe), vocab_size, device),
     )
+    found = _whole_trace(recipe, given, vocab_size)
+    counts, tokens = found.counts, rows * recipe.data.seq_len
+    stages: dict[str, int] = {}
+    for (name, _), kinds in found.moments.items():
+        stage = name.removesuffix(", layers")
+        stages[stage] = max(stages.get(stage, 0), kinds.total())
+    (peak_name, _), peak = max(found.moments.items(), key=lambda item: item[1].total())
+    return Footprint(
+        parameters_total=counts["total"],
+        parameters_trainable=counts["trainable"],
+        parameters_factors=counts["in_factors"],
+        weights_bytes=counts["weights"],
+        residual_bytes=counts["residual"],
+        host_bytes=counts["host"],
+        factors_bytes=counts["factors"],
+        gradients_bytes=counts["gradients"],
+        optimizer_bytes=counts["states"],
+        observed_bytes=counts["observed"],
+        casts_bytes=counts["casts"],
+        activations_bytes=counts["activations"],
+        loss_bytes=counts["loss"],
+        bucket_bytes=counts["gradients"] if devices > 1 else 0,
+        checkpoint_bytes=counts["checkpoint"],
+        peak_bytes=peak.total(),
+        peak_moment=peak_name.removesuffix(", layers"),
+        peak_by_kind={kind: num for kind, num in peak.items() if num},
+        moments=stages,
+        activations_bytes_per_token=counts["activations"] / tokens,
+        flops_per_token=counts["flops"] / tokens,
+    )
+
+
+def _whole_trace(recipe: Recipe, given: Circumstances, vocab_size: int | None) -> Trace:
+    """Trace the whole model, or as much of it as tells the rest."""
+    model = blueprint(recipe, vocab_size=vocab_size)
+    layers = repeated_layers(model)
+    num_layers = len(layers)
+    try:
+        if num_layers <= SHADOW_DEPTHS[-1] or not are_alike(model, layers):
+            return trace(recipe, model, layers, given)
+        with in_large_blocks():
+            less, more = SHADOW_DEPTHS
+            del layers[less:]
+            shallow = trace(recipe, model, layers, given)
+            model = blueprint(recipe, vocab_size=vocab_size)
+            layers = repeated_layers(model)
+            del layers[more:]
+            deep = trace(recipe, model, layers, given, restart_extra=shallow.restart_extra)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            f"{model.config.model_type} cannot be planned: what it does depends on values in a way that is "
+            f"not known here ({error}). `relora doctor` takes a real step"
+        ) from error
+    added = num_layers - less
+    moments = {name: _continued(kinds, deep.moments[name], added) for name, kinds in shallow.moments.items()}
+    return replace(deep, counts=_continued(shallow.counts, deep.counts, added), moments=moments)
+
+
+def _continued(shallow: Mapping[str, int], deep: Mapping[str, int], more: int) -> Counter[str]:
+    """Return what is counted with so many more layers, each of which adds the same."""
+    keys = shallow.keys() | deep.keys()
+    first, second = Counter(shallow), Counter(deep)
+    return Counter({key: first[key] + more * (second[key] - first[key]) for key in sorted(keys)})
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """Return a recipe that says no more than which model it is and how its loss is taken."""
+    return replace(
+        recipe,
+        run=replace(recipe.run, method="full"),
+        relora=ReLoRASection(),
+        train=TrainConfig(loss_chunk_tokens=recipe.train.loss_chunk_tokens),
+    )
+
+
+@functools.lru_cache
+def _chunk_tokens(recipe: Recipe, vocab_size: int | None, device: DeviceType) -> int:
+    """Return the tokens that the loss takes at a time on the device planned for."""
+    model, wanted = blueprint(recipe, vocab_size=vocab_size), recipe.train.loss_chunk_tokens
+    head: object = model.get_output_embeddings()
+    if wanted is None and isinstance(head, torch.nn.Linear):
+        wanted = auto_chunk_tokens(head.out_features, torch.device(device))
+    layers = repeated_layers(model)
+    if are_alike(model, layers):
+        del layers[1:]
+    return chunk_tokens_of(model, wanted)

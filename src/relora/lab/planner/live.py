@@ -7,7 +7,7 @@ answers 1.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ _FLOPS: dict[Any, Callable[..., int]] = {
         _ATEN._scaled_dot_product_flash_attention_backward
     ],
 }
+
+_ANSWERS = {_ATEN._local_scalar_dense.default: 1, _ATEN.equal.default: True}
 
 CAST = "casts"
 """The label of copies of parameters in another dtype, whoever makes them."""
@@ -54,7 +56,11 @@ class LiveBytes(TorchDispatchMode):
         """The labels' bytes when their sum was largest."""
         self.label_peaks: Counter[str] = Counter()
         """The most bytes of each label by itself."""
+        self.peaks: dict[Hashable, Counter[str]] = {}
+        """The labels' bytes when their sum was largest, in each moment that was begun."""
         self.flops = 0
+        self._moments: tuple[Hashable, ...] = ()
+        self._moment_peaks: dict[Hashable, int] = {}
         self._known: dict[int, _Storage] = {}
         self._parameters: set[int] = set()
         self._total = self._peak = 0
@@ -73,6 +79,18 @@ class LiveBytes(TorchDispatchMode):
         """Forget peaks and FLOPs so far; what is alive stays counted."""
         self._peak, self.at_peak, self.flops = self._total, Counter(self.bytes), 0
         self.label_peaks = Counter(self.bytes)
+
+    def begin(self, *moments: Hashable) -> None:
+        """Keep peaks under these names from now on, each the most of all its stretches of time."""
+        self._moments = moments
+        self._compare()
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor no more: it is not on the device."""
+        storage = self._known[tensor.untyped_storage()._cdata]
+        self._total -= storage.num_bytes
+        self.bytes[storage.label] -= storage.num_bytes
+        storage.num_bytes = 0
 
     def count(self, tensors: Iterable[Tensor], label: str, *, are_parameters: bool = False) -> None:
         """Count tensors that were made before; those counted already keep their label."""
@@ -94,9 +112,10 @@ class LiveBytes(TorchDispatchMode):
         del types
         if func is torch.ops.prim.device.default:
             return func(*args)
-        if func is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1  # true, finite, not zero: whatever a step asks of a value, its usual course follows
-        out = func(*args, **(kwargs or {}))
+        if func in _ANSWERS and isinstance(args[0], FakeTensor):
+            return _ANSWERS[func]  # true, finite, not zero: whatever a step asks of a value, its usual course follows
+        most = _most(func, args) if isinstance(args[0] if args else None, FakeTensor) else None
+        out = func(*args, **(kwargs or {})) if most is None else most
         label = self.label
         if func is _ATEN._to_copy.default and args[0].untyped_storage()._cdata in self._parameters:
             label = CAST
@@ -117,8 +136,14 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = _Storage(alive=alive, num_bytes=num_bytes, label=label)
         self._total += num_bytes
         self._add(label, num_bytes)
+        self._compare()
+
+    def _compare(self) -> None:
         if self._total > self._peak:
             self._peak, self.at_peak = self._total, Counter(self.bytes)
+        for moment in self._moments:
+            if self._total > self._moment_peaks.get(moment, -1):
+                self._moment_peaks[moment], self.peaks[moment] = self._total, Counter(self.bytes)
 
     def _add(self, label: str, num_bytes: int) -> None:
         self.bytes[label] += num_bytes
@@ -129,3 +154,14 @@ class LiveBytes(TorchDispatchMode):
         self._parameters.discard(key)
         self._total -= storage.num_bytes
         self.bytes[storage.label] -= storage.num_bytes
+
+
+def _most(func: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """Return the largest output there can be, where its size is a matter of values; None where it is not."""
+    tensor: Tensor = args[0]
+    if func is _ATEN.nonzero.default:
+        return tensor.new_empty((tensor.numel(), tensor.ndim), dtype=torch.int64)
+    if func is _ATEN.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
+        mask: Tensor = args[1][0]
+        return tensor.new_empty((mask.numel(), *tensor.shape[mask.ndim :]))
+    return None

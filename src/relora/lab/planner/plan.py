@@ -8,20 +8,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import torch
+from transformers import PretrainedConfig
+
 from relora.errors import ConfigError
-from relora.lab.planner.footprint import Footprint, footprint
+from relora.lab.planner.footprint import DeviceType, Footprint, footprint
+from relora.train.blueprint import blueprint
 from relora.train.config import Recipe
 from relora.train.phase import Plan
-from relora.train.precision import Resolved
+from relora.train.precision import Resolved, resolve_precision
 from relora.train.sections import ReLoRASection
 
 Settings = Mapping[str, Any]
+# Architectures that benchmarks/plan_accuracy.py compares with measurements.
+MEASURED = ("llama", "gpt2", "gpt_neo", "gpt_neox", "gemma2", "mistral", "opt", "qwen2")
+_LEAST_RANK = 32  # a base in 8 bits leaves little to win below it
 
-# name -> the settings that make the recipe train that way.
+# name -> the settings that make the recipe train that way. With both factors there is no complement.
+_BOTH = {"relora.factors": "both", "relora.residual": "none"}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"run.method": "full"},
-    "lora": {"run.method": "lora", "relora.factors": "both"},
-    "relora": {"run.method": "relora", "relora.factors": "both"},
+    "lora": {"run.method": "lora", **_BOTH},
+    "relora": {"run.method": "relora", **_BOTH},
     "relora, one-sided": {"run.method": "relora", "relora.factors": "B"},
 }
 
@@ -44,6 +52,8 @@ class MethodPlan:
     """Whether the run fits; None where no memory was given."""
     settings: Settings | None
     """Changes to the recipe with which it would fit; empty if it does as it is, None if none were found."""
+    least_peak_bytes: int | None
+    """Where none were found, the peak with the settings that need least; None elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +62,15 @@ class RunPlan:
 
     recipe: Recipe
     precision: Resolved
+    device: DeviceType
     devices: int
     memory_bytes: int | None
     methods: dict[str, MethodPlan]
     unavailable: dict[str, str]
     """Methods that this recipe cannot train with, and why."""
     restarts: int
+    notes: tuple[str, ...]
+    """How far the figures can be trusted, where it is less than usual."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -66,6 +79,7 @@ class RunPlan:
             "recipe": recipe.run.name,
             "method": recipe.run.method,
             "precision": self.precision,
+            "device": self.device,
             "seq_len": recipe.data.seq_len,
             "batch_size": recipe.train.batch_size,
             "micro_batch_size": recipe.train.micro_batch_size,
@@ -79,16 +93,22 @@ class RunPlan:
             "memory_bytes": self.memory_bytes,
             "methods": {name: asdict(method) for name, method in self.methods.items()},
             "unavailable": self.unavailable,
+            "notes": list(self.notes),
         }
 
 
 def plan_run(
-    recipe: Recipe, *, memory_bytes: int | None = None, vocab_size: int | None = None, devices: int = 1
+    recipe: Recipe,
+    *,
+    memory_bytes: int | None = None,
+    vocab_size: int | None = None,
+    devices: int = 1,
+    device: DeviceType = "cpu",
 ) -> RunPlan:
     """Foretell what each method needs for a recipe; nothing is allocated and nothing trained.
 
     Args:
-        recipe: The run; train.precision "auto" is planned as bf16, which every current GPU has.
+        recipe: The run; train.precision "auto" is bf16 on a GPU, and on a CPU what it would be here.
         memory_bytes: Memory of one device; settings that fit are looked for where a method does not.
         vocab_size: Entries of the tokenizer, where the recipe's is not at hand.
         devices: Processes that share a batch under DDP.
@@ -102,8 +122,10 @@ def plan_run(
             f"train.batch_size {recipe.train.batch_size} must be a multiple of train.micro_batch_size times "
             f"the {devices} devices, {share}"
         )
-    precision: Resolved = "bf16" if recipe.train.precision == "auto" else recipe.train.precision
-    planner = Planner(precision=precision, vocab_size=vocab_size, devices=devices)
+    precision = recipe.train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else resolve_precision("auto", torch.device("cpu"))[0]
+    planner = Planner(precision=precision, vocab_size=vocab_size, devices=devices, device=device)
     full = planner.phase(recipe, low_rank=False)
     methods, unavailable = {}, {}
     for name, settings in METHODS.items():
@@ -115,7 +137,7 @@ def plan_run(
             continue
         peak = planner.peak(variant)
         is_fit = None if memory_bytes is None else peak <= memory_bytes
-        found = {} if is_fit else None if memory_bytes is None else planner.fitting(variant, memory_bytes)
+        found, least = planner.fitting(variant, memory_bytes) if is_fit is False else ({}, None)
         methods[name] = MethodPlan(
             footprint=phase,
             run_peak_bytes=peak,
@@ -123,27 +145,33 @@ def plan_run(
             speedup=full.flops_per_token / phase.flops_per_token,
             run_speedup=_over_run(variant, full.flops_per_token, phase.flops_per_token),
             fits=is_fit,
-            settings=found,
+            settings=None if memory_bytes is None else found,
+            least_peak_bytes=least if found is None else None,
         )
     return RunPlan(
         recipe=recipe,
         precision=precision,
+        device=device,
         devices=devices,
         memory_bytes=memory_bytes,
         methods=methods,
         unavailable=unavailable,
         restarts=len(Plan(recipe=recipe).restart_steps),
+        notes=tuple(_doubts(blueprint(recipe, vocab_size=vocab_size).config)),
     )
 
 
 class Planner:
     """Footprints of variants of a recipe, each measured once."""
 
-    def __init__(self, *, precision: Resolved, vocab_size: int | None, devices: int) -> None:
+    def __init__(
+        self, *, precision: Resolved, vocab_size: int | None, devices: int, device: DeviceType
+    ) -> None:
         self._options: dict[str, Any] = {
             "precision": precision,
             "vocab_size": vocab_size,
             "devices": devices,
+            "device": device,
         }
         self._devices = devices
         self._known: dict[tuple[Recipe, bool], Footprint] = {}
@@ -167,18 +195,25 @@ class Planner:
         if recipe.switch_step is not None:
             yield self.phase(recipe, low_rank=True).peak_bytes
 
-    def fitting(self, recipe: Recipe, memory_bytes: int) -> Settings | None:
+    def fitting(self, recipe: Recipe, memory_bytes: int) -> tuple[Settings | None, int]:
         """Return the changes that make a run fit and cost least: first time, then quality.
 
-        The micro batch is kept as large as it can be under each of them. None if nothing here helps.
+        The micro batch is kept as large as it can be under each of them.
+
+        Returns:
+            The changes, None if nothing here helps; and the least peak that was met on the way.
         """
+        least = self.peak(recipe)
         for settings in _remedies(recipe):
             variant = with_settings(recipe, settings)
             rows = self._most_rows(variant, memory_bytes)
             if rows is not None:
                 is_kept = rows == recipe.train.micro_batch_size
-                return {**settings, **({} if is_kept else {"train.micro_batch_size": rows})}
-        return None
+                changes = {**settings, **({} if is_kept else {"train.micro_batch_size": rows})}
+                return changes, least
+            if variant.switch_step == 0:  # with a warm start full rank decides, whatever else changes
+                least = min(least, self.peak(with_settings(variant, {"train.micro_batch_size": 1})))
+        return None, least
 
     def _most_rows(self, recipe: Recipe, memory_bytes: int) -> int | None:
         """Return the largest micro batch that fits, at most the recipe's; None if not even one row does."""
@@ -198,6 +233,11 @@ class Planner:
             if estimate <= memory_bytes and self.peak(with_rows(rows)) <= memory_bytes:
                 return rows
         return 1
+
+
+def device_here() -> DeviceType:
+    """Return what this machine would train on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
@@ -223,15 +263,38 @@ def _remedies(recipe: Recipe) -> Iterator[Settings]:
     yield checkpointing
     if recipe.run.method == "full":
         return
-    one_sided = checkpointing | {"relora.factors": "B"}
-    cold = {"relora.warm_start_steps": 0}
-    has_warm_start = recipe.relora.warm_start_steps > 0
-    for settings in ({}, checkpointing, one_sided) if has_warm_start else (one_sided,):
-        yield settings | (cold if has_warm_start else {})
+    cold: dict[str, Any] = {}
+    if recipe.relora.warm_start_steps > 0:
+        cold = {"relora.warm_start_steps": 0}
+        yield cold
+        yield checkpointing | cold
+    smallest: dict[str, Any] = checkpointing | cold
+    if recipe.relora.factors != "B":
+        smallest |= {"relora.factors": "B"}
+        yield smallest
+    if recipe.relora.base_dtype == "keep":
+        for dtype in ("bf16", "int8"):
+            smallest |= {"relora.base_dtype": dtype, "relora.master": "host"}
+            yield smallest
     rank = recipe.relora.rank // 2
-    while rank >= 8:
-        yield one_sided | {"relora.rank": rank} | (cold if has_warm_start else {})
+    while rank >= _LEAST_RANK:
+        yield smallest | {"relora.rank": rank}
         rank //= 2
+
+
+def _doubts(config: PretrainedConfig) -> Iterator[str]:
+    """Say what makes an architecture's figures less certain than a LLaMA's."""
+    kind, experts = config.model_type, ("num_local_experts", "num_experts", "n_routed_experts")
+    if any(getattr(config, name, None) for name in experts):
+        yield (
+            f"{kind} has experts: how many tokens each gets is known in a run only, and is planned as if each "
+            "got all. Weights and states are exact; activations and peaks are bounds from above"
+        )
+    elif kind not in MEASURED:
+        yield (
+            f"{kind} is an architecture that no benchmark here has measured ({', '.join(MEASURED)} are): "
+            "weights and states are exact; take peaks for estimates, and let `relora doctor` take a real step"
+        )
 
 
 def _over_run(recipe: Recipe, full: float, low_rank: float) -> float:

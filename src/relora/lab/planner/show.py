@@ -17,6 +17,7 @@ _PLAIN_WIDTH = 110
 KINDS = {
     "weights": "weights",
     "residual": "residual of a low-precision base",
+    "host": "exact base in host memory",
     "factors": "factors",
     "optimizer": "optimizer states",
     "gradients": "gradients",
@@ -24,8 +25,22 @@ KINDS = {
     "casts": "weights in the products' dtype",
     "loss": "head and loss",
     "backward": "backward pass",
+    "update": "update",
+    "restart": "restart",
+    "other": "other",
 }
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+_TRIFLE = 1024
+_MOMENTS = {
+    "start": "the switch to low rank",
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "update": "the update",
+    "evaluation": "an evaluation",
+    "restart": "a restart",
+}
 
 Row = tuple[str, Callable[[MethodPlan], str]]
 
@@ -41,7 +56,7 @@ def show_plan(plan: RunPlan, *, stream: TextIO) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in plan.methods:
-        table.add_column(name, justify="right")
+        table.add_column(name + (" *" if is_own(plan, name) else ""), justify="right")
     for words, value in _rows(plan):
         table.add_row(words, *(value(method) for method in plan.methods.values()))
     screen.print(table)
@@ -93,6 +108,12 @@ def chart(plan: RunPlan) -> str:
         )
 
 
+def is_own(plan: RunPlan, name: str) -> bool:
+    """Tell whether a method is the one the recipe names."""
+    run, factors = plan.recipe.run.method, plan.recipe.relora.factors
+    return name == ("relora, one-sided" if run == "relora" and factors == "B" else run)
+
+
 def in_units(num_bytes: float) -> str:
     """Write bytes in the unit that suits them."""
     unit, letters = _unit(num_bytes)
@@ -108,10 +129,11 @@ def _heading(plan: RunPlan) -> str:
     tokens = recipe.total_steps * recipe.tokens_per_step
     accumulation = recipe.train.batch_size // (recipe.train.micro_batch_size * plan.devices)
     recomputing = ", gradient checkpointing" if recipe.train.gradient_checkpointing else ""
+    place = {"cpu": "this kind of CPU", "cuda": "a GPU"}[plan.device]
     return (
         f"{recipe.run.name}: {recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens = {tokens:,} "
         f"tokens; warm start {recipe.relora.warm_start_steps:,} steps, {plan.restarts} restarts\n"
-        f"on each of {plan.devices} device(s): micro batches of {recipe.train.micro_batch_size} x "
+        f"planned for {place}, on each of {plan.devices}: micro batches of {recipe.train.micro_batch_size} x "
         f"{recipe.data.seq_len} tokens, {accumulation} a step, {plan.precision}{recomputing}, rank "
         f"{recipe.relora.rank}"
     )
@@ -137,38 +159,67 @@ def _rows(plan: RunPlan) -> list[Row]:
         ("activations for the backward", memory("activations_bytes")),
         ("  bytes a token", lambda m: f"{m.footprint.activations_bytes_per_token:,.0f}"),
         ("head and loss, at most", memory("loss_bytes")),
-        ("peak of a step", memory("peak_bytes")),
-        ("peak with a warm start", lambda m: in_units(m.warm_start_peak_bytes)),
+        ("peak of this method's steps", memory("peak_bytes")),
+        ("  reached in", lambda m: _MOMENTS[m.footprint.peak_moment]),
+        ("peak of the run, warm start included", lambda m: in_units(m.run_peak_bytes)),
         ("FLOPs a token", lambda m: f"{m.footprint.flops_per_token:.3g}"),
         ("speed-up by FLOPs, at best", lambda m: f"{m.speedup:.2f}x"),
         ("  over the whole run", lambda m: f"{m.run_speedup:.2f}x"),
     ]
-    if any(found.residual_bytes for found in prints):
-        rows.insert(4, ("residual of the base", memory("residual_bytes")))
-    if plan.devices > 1:
-        rows.insert(6, ("  kept in DDP's buckets", memory("bucket_bytes")))
+    after = {name: rows.index(row) + 1 for row in rows for name in [row[0]]}
+    extra: list[tuple[str, str, str, bool]] = [
+        ("weights", "residual of the base", "residual_bytes", False),
+        ("weights", "exact base, in host memory", "host_bytes", False),
+        ("gradients", "  kept in DDP's buckets", "bucket_bytes", False),
+        ("gradients", "kept for the complement", "observed_bytes", False),
+        ("peak of the run, warm start included", "host memory while a checkpoint is saved", "checkpoint_bytes", True),
+    ]
+    for where, words, name, is_always in reversed(extra):
+        if is_always or any(getattr(found, name) > _TRIFLE for found in prints):
+            rows.insert(after[where], (words, memory(name)))
     if plan.memory_bytes is not None:
         rows.append((f"fits {in_units(plan.memory_bytes)}", lambda m: "yes" if m.fits else "no"))
     return rows
 
 
 def _advice(plan: RunPlan) -> list[str]:
-    lines = [f"{name} is not planned: {reason}" for name, reason in plan.unavailable.items()]
+    lines: list[str] = []
+    for reason in dict.fromkeys(plan.unavailable.values()):
+        names = [name for name, found in plan.unavailable.items() if found == reason]
+        lines.append(f"{' and '.join(names)}: not planned: {reason}")
+    lines += plan.notes
     if plan.memory_bytes is not None:
         for name, method in plan.methods.items():
-            if method.settings is None:
-                lines.append(
-                    f"{name}: no setting known here makes it fit; it needs at least its weights and states"
-                )
-            elif method.settings:
-                flags = " ".join(f"--{key} {_word(value)}" for key, value in method.settings.items())
-                lines.append(f"{name} fits with {flags}")
+            lines += _remedy(name, method)
+    if any("relora.warm_start_steps" in (method.settings or {}) for method in plan.methods.values()):
+        lines.append(
+            "Without a warm start give --model.init_from a trained checkpoint, such as one warm-started on a "
+            "larger device: from random weights a cold start learns less."
+        )
     if plan.recipe.train.precision == "auto":
-        lines.append("train.precision is auto: planned as bf16; on hardware without it, plan with fp32")
-    lines.append(
-        "What a GPU's context, its kernels' scratch memory and the allocator's gaps take comes on top."
-    )
+        lines.append(f"train.precision is auto: planned as {plan.precision}")
+    if plan.device == "cuda":
+        lines.append(
+            "What a GPU's context, its kernels' scratch memory and the allocator's gaps take comes on top."
+        )
+    else:
+        lines.append(
+            "On a CPU host memory is the device's: the copy of a checkpoint comes on top while it is saved, "
+            "and so does the process itself. --device cuda plans for a GPU."
+        )
     return lines
+
+
+def _remedy(name: str, method: MethodPlan) -> list[str]:
+    """Say what would make a method fit that does not."""
+    if method.settings is None:
+        if method.least_peak_bytes is None:
+            return []
+        return [f"{name}: no setting known here makes it fit; the least found is {in_units(method.least_peak_bytes)}"]
+    if not method.settings:
+        return []
+    flags = " ".join(f"--{key} {_word(value)}" for key, value in method.settings.items())
+    return [f"{name} fits with {flags}"]
 
 
 def _word(value: object) -> str:
