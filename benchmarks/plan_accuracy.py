@@ -2,7 +2,7 @@
 
     python benchmarks/plan_accuracy.py [--only fitted] [--json FILE]
 
-Each case is built, trained for five steps, evaluated and restarted by the trainer's own parts. Weights,
+Each case is built, trained for three steps, evaluated and restarted by the trainer's own parts. Weights,
 gradients and optimizer states are measured on the tensors themselves; activations as the distinct storages
 that autograd packs in the layers' forward pass; the peak, from an empty process to the last step, by the CPU
 allocator's own count, which the profiler reports, so that kernels' scratch memory is in it. No timing: what
@@ -75,35 +75,16 @@ BF16_HOST, INT8 = {"base_dtype": "bf16", "master": "host"}, {"base_dtype": "int8
 CHECKPOINTING = {"gradient_checkpointing": True}
 FITTED = {
     "small, full rank": Case(sizes=SMALL),
-    "small, relora": Case(sizes=SMALL, relora=BOTH),
-    "small, one-sided": Case(sizes=SMALL, relora=ONE_SIDED),
-    "small, one-sided, bf16": Case(sizes=SMALL, relora=ONE_SIDED, precision="bf16"),
-    "small, full rank, bf16": Case(sizes=SMALL, precision="bf16"),
-    "small, relora, rank 64, dropout": Case(sizes=SMALL, relora={"rank": 64, "dropout": 0.1}),
     "small, relora, checkpointing": Case(sizes=SMALL, relora=BOTH, train=CHECKPOINTING),
-    "small, relora, accumulation": Case(sizes=SMALL, relora=BOTH, rows=2, batch=6),
     "small, relora, whole logits": Case(sizes=SMALL, relora=BOTH, train={"loss_chunk_tokens": 0}),
     "small, one-sided, sign": Case(sizes=SMALL, relora=SIGN),
-    "small, relora, bf16 base": Case(sizes=SMALL, relora={**BOTH, "base_dtype": "bf16"}, precision="bf16"),
-    "wide, full rank": Case(sizes=WIDE, vocab_size=16_000, rows=2, batch=2),
     "wide, full rank, 16 tokens": Case(sizes=WIDE, vocab_size=512, **TINY_ROWS),
-    "wide, relora, bf16": Case(sizes=WIDE, vocab_size=16_000, relora=BOTH, rows=2, batch=2, precision="bf16"),
-    "wide, relora, rank 128, 16 tokens": Case(sizes=WIDE, vocab_size=512, relora={"rank": 128}, **TINY_ROWS),
-    "wide, one-sided, sign, 16 tokens": Case(sizes=WIDE, vocab_size=512, relora=SIGN, **TINY_ROWS),
     "wide, relora, int8, 16 tokens": Case(sizes=WIDE, vocab_size=512, relora={**BOTH, **INT8}, **TINY_ROWS),
-    "wide, one-sided, one row": Case(
-        sizes=WIDE, vocab_size=16_000, relora=ONE_SIDED, rows=1, batch=1, seq_len=512
-    ),
-    "deep, full rank, checkpointing": Case(sizes=DEEP, train=CHECKPOINTING),
-    "deep, one-sided, bf16, accumulation": Case(
-        sizes=DEEP, relora=ONE_SIDED, rows=3, batch=9, precision="bf16"
-    ),
     "deep, relora, bf16 base on the host": Case(sizes=DEEP, relora={**BOTH, **BF16_HOST}, precision="bf16"),
-    "deep, one-sided, int8": Case(sizes=DEEP, relora={**ONE_SIDED, **INT8}, rows=2, batch=2, precision="bf16"),
-    "deep, one-sided, sign, checkpointing": Case(sizes=DEEP, relora=SIGN, train=CHECKPOINTING),
-    "deep, lora": Case(sizes=DEEP, relora=BOTH, method="lora"),
+    "deep, one-sided, int8": Case(
+        sizes=DEEP, relora={**ONE_SIDED, **INT8}, rows=2, batch=2, precision="bf16"
+    ),
     "gpt2, relora": Case(sizes="gpt2", relora=BOTH),
-    "gpt_neox, one-sided, bf16": Case(sizes="gpt_neox", relora=ONE_SIDED, precision="bf16"),
     "qwen2, relora, checkpointing": Case(sizes="qwen2", relora=BOTH, train=CHECKPOINTING),
     "gemma2, one-sided, its own loss": Case(sizes="gemma2", relora=ONE_SIDED),
 }
@@ -119,9 +100,6 @@ HELD_OUT = {
         seq_len=383,
         precision="bf16",
         train=CHECKPOINTING,
-    ),
-    "odd, full rank, bf16, accumulation": Case(
-        sizes=ODD, vocab_size=9001, rows=2, batch=8, seq_len=200, precision="bf16"
     ),
     "odd, one-sided, sign, bf16, accumulation": Case(
         sizes=ODD, vocab_size=2000, relora={**SIGN, "rank": 40}, rows=5, batch=10, precision="bf16"
@@ -144,13 +122,11 @@ HELD_OUT = {
     "flat, full rank, 24,000 entries": Case(sizes=FLAT, vocab_size=24_000, rows=1, batch=1, seq_len=128),
     "mistral, relora, bf16": Case(sizes="mistral", relora=BOTH, precision="bf16"),
     "opt, one-sided": Case(sizes="opt", relora=ONE_SIDED),
-    "gpt_neo, full rank, checkpointing": Case(sizes="gpt_neo", train=CHECKPOINTING),
 }
 GROUPS = {"fitted": FITTED, "held out": HELD_OUT}
 GROUPED = {"num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512}
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 4096, "n_positions": 512},
-    "gpt_neox": {**SMALL, "num_hidden_layers": 6, "vocab_size": 4096, "max_position_embeddings": 512},
     "qwen2": {**SMALL, **GROUPED, "num_hidden_layers": 6, "tie_word_embeddings": True},
     "gemma2": {**SMALL, **GROUPED, "head_dim": 32},
     "mistral": {**DEEP, **GROUPED},
@@ -158,12 +134,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         **{"hidden_size": 128, "ffn_dim": 512, "num_hidden_layers": 5, "num_attention_heads": 4},
         **{"word_embed_proj_dim": 128, "vocab_size": 4096, "max_position_embeddings": 512},
     },
-    "gpt_neo": {
-        **{"hidden_size": 128, "num_layers": 6, "num_heads": 4, "vocab_size": 4096},
-        **{"attention_types": [[["global", "local"], 3]], "max_position_embeddings": 512},
-    },
 }
-STEPS = 5
+STEPS = 3
 EXACT = ("weights", "factors", "gradients", "optimizer")
 BARS = {**dict.fromkeys(EXACT, 0.05), "peak": 0.15}
 
@@ -234,7 +206,7 @@ def measured(recipe: Recipe, *, vocab_size: int) -> dict[str, int]:
             )
             restart = method.after_step(step)
             assert (restart is not None) == (recipe.run.method == "relora" and step == STEPS - 1)
-            if step == 2:
+            if step == 1:
                 evaluate(
                     loss,
                     cast(PreparedData, data),

@@ -72,7 +72,7 @@ def state_to_begin_with(
 def build_state(
     model: PreTrainedModel, method: TrainingMethod, here: Processes, *, low_rank: bool
 ) -> RunState:
-    """Put a plain model on the device and build its optimizer.
+    """Build a run's state around a plain model, on the device unless the switch is next.
 
     Args:
         model: As the run begins, or of its shape with weights still to be restored.
@@ -88,7 +88,10 @@ def build_state(
         choose_targets(model, method_config(recipe))
     if recipe.train.gradient_checkpointing:
         enable_checkpointing_(model)
-    cast(nn.Module, model).to(here.device)
+    is_at_full_rank = not low_rank and plan.switch_step != 0
+    if is_at_full_rank:
+        cast(nn.Module, model).to(here.device)
+    # Else the switch is next, and what it stores in fewer bits is never whole on the device.
     phase: PhaseName = "full" if plan.switch_step is None else "warm_start"
     if phase == "warm_start" and not low_rank:
         method.begin_warm_start_(model)
@@ -101,6 +104,7 @@ def build_state(
         watch=RestartWatch(
             restart_every=recipe.relora.restart_every, rewarmup_steps=recipe.schedule.rewarmup_steps
         ),
+        device=here.device,
     )
     if phase == "full":
         method.attach(model, state.optimizer.adamw)
@@ -125,6 +129,7 @@ def at_low_rank(state: RunState) -> str:
     free_gradients_(state.model)
     state.optimizer.adamw.state.clear()
     report = state.method.switch_(state.model)
+    state.model.to(state.device)
     state.optimizer = state.method.build_optimizer(state.model, "low_rank")
     state.method.attach(state.model, state.optimizer.adamw)
     state.phase = "low_rank"

@@ -105,6 +105,8 @@ class RunState:
     phase: PhaseName
     progress: Progress
     watch: RestartWatch
+    device: torch.device
+    """Where it trains; a run that starts cold has its model there from the switch on."""
 
     def check_finite(self) -> None:
         """Refuse what no run could go on from.

@@ -40,13 +40,13 @@ class Trainer:
         with memory_errors(recipe, None, "the model"):
             self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
         left_out = self.state.method.catch_up()
-        self._wrap()
         self.batches = TokenBatches(data.train_tokens, seq_len=recipe.data.seq_len, seed=recipe.run.seed)
         self.guard = Guard(opened, data, self.batches, here, self.state.progress)
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
-        if self.loss.obstacle is not None:
-            self.reporter.say(f"the loss is not taken in chunks: {self.loss.obstacle}")
+        if self.plan.switch_step != self.state.progress.step:  # else the switch is next, and wraps
+            self._wrap()
+            self._say_obstacle()
         self.saver = Saver(opened, self.plan, here, self.reporter, precision=self.precision)
         if left_out is not None:
             self._count_restart(left_out)
@@ -171,11 +171,17 @@ class Trainer:
         report = at_low_rank(self.state)
         self._wrap()
         self.reporter.switched(report)
+        if self.plan.switch_step == 0:
+            self._say_obstacle()
 
     def _wrap(self) -> None:
         train = self.recipe.train
         self.loss = TokenLoss(cast(PreTrainedModel, self.state.model), chunk_tokens=train.loss_chunk_tokens)
         self.wrapped = self.here.wrap_for_training(self.loss, compile_it=train.compile)
+
+    def _say_obstacle(self) -> None:
+        if self.loss.obstacle is not None:
+            self.reporter.say(f"the loss is not taken in chunks: {self.loss.obstacle}")
 
     def _count_restart(self, restart: RestartReport) -> None:
         self.state.progress.restarts = restart.restart_index

@@ -113,7 +113,9 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args)
         if func in _ANSWERS and isinstance(args[0], FakeTensor):
-            return _ANSWERS[func]  # true, finite, not zero: whatever a step asks of a value, its usual course follows
+            return _ANSWERS[
+                func
+            ]  # true, finite, not zero: whatever a step asks of a value, its usual course follows
         most = _most(func, args) if isinstance(args[0] if args else None, FakeTensor) else None
         out = func(*args, **(kwargs or {})) if most is None else most
         label = self.label

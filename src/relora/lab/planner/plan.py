@@ -21,7 +21,7 @@ from relora.train.sections import ReLoRASection
 
 Settings = Mapping[str, Any]
 # Architectures that benchmarks/plan_accuracy.py compares with measurements.
-MEASURED = ("llama", "gpt2", "gpt_neo", "gpt_neox", "gemma2", "mistral", "opt", "qwen2")
+MEASURED = ("llama", "gpt2", "gemma2", "mistral", "opt", "qwen2")
 _LEAST_RANK = 32  # a base in 8 bits leaves little to win below it
 
 # name -> the settings that make the recipe train that way. With both factors there is no complement.
@@ -287,8 +287,8 @@ def _doubts(config: PretrainedConfig) -> Iterator[str]:
     kind, experts = config.model_type, ("num_local_experts", "num_experts", "n_routed_experts")
     if any(getattr(config, name, None) for name in experts):
         yield (
-            f"{kind} has experts: how many tokens each gets is known in a run only, and is planned as if each "
-            "got all. Weights and states are exact; activations and peaks are bounds from above"
+            f"{kind} has experts: how many tokens each gets is known in a run only, and is planned as if "
+            "each got all. Weights and states are exact; activations and peaks are bounds from above"
         )
     elif kind not in MEASURED:
         yield (

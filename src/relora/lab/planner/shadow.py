@@ -21,9 +21,7 @@ _LARGE_BLOCKS = 8
 def repeated_layers(model: nn.Module) -> nn.ModuleList:
     """Return a decoder's list of layers, the longest by parameters; an empty one if there is none."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(
-        lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList()
-    )
+    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList())
 
 
 def are_alike(model: PreTrainedModel, layers: nn.ModuleList) -> bool:

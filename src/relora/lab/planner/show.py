@@ -172,7 +172,12 @@ def _rows(plan: RunPlan) -> list[Row]:
         ("weights", "exact base, in host memory", "host_bytes", False),
         ("gradients", "  kept in DDP's buckets", "bucket_bytes", False),
         ("gradients", "kept for the complement", "observed_bytes", False),
-        ("peak of the run, warm start included", "host memory while a checkpoint is saved", "checkpoint_bytes", True),
+        (
+            "peak of the run, warm start included",
+            "host memory while a checkpoint is saved",
+            "checkpoint_bytes",
+            True,
+        ),
     ]
     for where, words, name, is_always in reversed(extra):
         if is_always or any(getattr(found, name) > _TRIFLE for found in prints):
@@ -215,7 +220,8 @@ def _remedy(name: str, method: MethodPlan) -> list[str]:
     if method.settings is None:
         if method.least_peak_bytes is None:
             return []
-        return [f"{name}: no setting known here makes it fit; the least found is {in_units(method.least_peak_bytes)}"]
+        least = in_units(method.least_peak_bytes)
+        return [f"{name}: no setting known here makes it fit; the least found is {least}"]
     if not method.settings:
         return []
     flags = " ".join(f"--{key} {_word(value)}" for key, value in method.settings.items())

@@ -96,8 +96,8 @@ def trace(
         given: The rest.
         restart_extra: Of a trace of the same layers, which saves tracing it again.
     """
-    # What is observed every k-th step is held in that step as if in every step.
-    recipe = replace(recipe, relora=replace(recipe.relora, residual_every=1))
+    # One phase, with its first step one of those that are observed.
+    recipe = replace(recipe, relora=replace(recipe.relora, residual_every=1, warm_start_steps=0))
     with FakeTensorMode(), as_if_real(), LiveBytes() as live:
         return _Run(recipe, model, layers, given, live).trace(restart_extra)
 
@@ -118,7 +118,9 @@ class _Run:
         self._begin("start")
         live.label = WEIGHTS
         as_fake_(self.model)
-        self.method: TrainingMethod = load_method(recipe.run.method)(Plan(recipe=recipe))
+        self.method: TrainingMethod = load_method(recipe.run.method if given.low_rank else "full")(
+            Plan(recipe=recipe)
+        )
         if given.low_rank:
             inject_factors(self.model, recipe)
         self._sort_weights()
@@ -134,6 +136,7 @@ class _Run:
         self._make_states()
         if self.given.holds_gradients:
             self._hold_gradients()
+        live.label = OTHER
         self.method.attach(self.model, self.optimizer.adamw)
         resting = Counter(live.bytes)
         batch = torch.zeros(rows, data.seq_len, dtype=torch.int64)
@@ -147,7 +150,9 @@ class _Run:
         if restart_extra is None:
             restart_extra = self._restart(rest)
         factors = [p for name, p in self.model.named_parameters() if name.endswith(_FACTORS)]
-        codes = [part for layer in self._wrapped() if layer.weight_scale is not None for part in layer.base_parts]
+        codes = [
+            part for layer in self._wrapped() if layer.weight_scale is not None for part in layer.base_parts
+        ]
         kept = sum(resting[kind] for kind in (WEIGHTS, RESIDUAL, LORA)) + self._host_bytes
         counts = Counter(
             total=num_parameters(self.model),
@@ -167,6 +172,8 @@ class _Run:
             gradients=live.bytes[GRADIENTS],
         )
         moments = cast(dict[Moment, Counter[str]], dict(live.peaks))
+        if self.given.has_host:
+            del moments["start", 0]  # the switch of a cold start is made on the host; one later frees more
         if restart_extra:
             moments["restart", 0] = rest + restart_extra
         return Trace(counts=counts, moments=moments, restart_extra=restart_extra)
