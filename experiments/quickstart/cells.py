@@ -36,7 +36,7 @@ class Cell:
     @property
     def has_warm_start(self) -> bool:
         """Whether the run begins with a full-rank phase that others may share."""
-        return self.arm != "full"
+        return self.arm not in ("full", "relora-cold")
 
     @property
     def warm_start(self) -> tuple[float, float, int]:
@@ -85,6 +85,13 @@ def signed(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     return Cell(arm="relora-sign", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
 
 
+def cold(lr: float, times: float, **cell: Any) -> Cell:
+    """As `signed`, without a warm start: no full-rank phase at all."""
+    relora = ONE_SIDED | {"residual": "sign", "warm_start_steps": 0}
+    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-cold", lr=lr, label=f"f{times:g}", changes=changes, **cell)
+
+
 def both(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     """The paper's form: both factors, magnitude reset, re-warm."""
     relora = BOTH | {"reset": "magnitude", "reset_ratio": 0.99}
@@ -111,16 +118,23 @@ PEAK = 4e-3
 
 CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
-    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4, 8, 16)),
-    *(full(lr, rest=rest, stage="full") for lr in (2e-3, 8e-3) for rest in (4, 8, 16)),
+    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4, 8, 16, 32, 64)),
+    *(full(lr, rest=rest, stage="full") for lr, rest in ((2e-3, 32), (8e-3, 8))),
     *(arm(PEAK, times, stage="tune") for times in (1, 2, 4) for arm in (one_sided, lora, both)),
     *(signed(PEAK, times, stage="tune") for times in (0.5, 1, 2)),
-    *(signed(PEAK, times, rest=rest, stage="rest") for times in (0.5, 1) for rest in (2, 4, 8, 16)),
     *(
         arm(PEAK, times, rest=rest, stage="rest")
-        for times in (1, 2)
-        for rest in (4, 8, 16)
-        for arm in (lora, both)
+        for rest in (4, 8, 16, 32)
+        for arm in (one_sided, signed, cold)
+        for times in (0.5, 1, 2)
     ),
-    *(one_sided(PEAK, 1, rest=rest, stage="rest") for rest in (4, 8, 16)),
+    *(
+        arm(PEAK, times, rest=rest, stage="rest")
+        for rest in (8, 16, 32)
+        for arm in (lora, both)
+        for times in (1, 2, 4)
+    ),
+    *(full(PEAK, rest=32, stage="seeds", seed=seed) for seed in (1, 2)),
+    *(signed(PEAK, 1, rest=32, stage="seeds", seed=seed) for seed in (1, 2)),
+    *(arm(PEAK, 2, rest=32, stage="seeds", seed=seed) for arm in (lora, both) for seed in (1, 2)),
 ]
