@@ -24,9 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "crash")]
 
+from common import environment  # noqa: E402
 from killing import PLACES, Trial, Victims  # noqa: E402
-
-from relora.train.state import versions  # noqa: E402
 
 RECIPES: dict[str, dict[str, Any]] = {
     "relora, both factors, dropout, magnitude reset": {},
@@ -93,7 +92,7 @@ def main() -> None:
         "by_kind": dict(sorted(places.items())),
         "by_recipe": dict(Counter(run["recipe"] for run in runs if run["killed"])),
         "seed": arguments.seed,
-        "versions": versions(),
+        "environment": environment(),
         "killed_in": [run["killed"] for run in runs],
         "unequal": unequal,
     }
