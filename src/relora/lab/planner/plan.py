@@ -137,7 +137,10 @@ def plan_run(
             continue
         peak = planner.peak(variant)
         is_fit = None if memory_bytes is None else peak <= memory_bytes
-        found, least = planner.fitting(variant, memory_bytes) if is_fit is False else ({}, None)
+        found: Settings | None = {}
+        least = None
+        if memory_bytes is not None and not is_fit:
+            found, least = planner.fitting(variant, memory_bytes)
         methods[name] = MethodPlan(
             footprint=phase,
             run_peak_bytes=peak,

@@ -85,7 +85,7 @@ def in_large_blocks() -> Iterator[None]:
         for first in range(0, layer.out_features, step):
             yield slice(first, min(first + step, layer.out_features))
 
-    LoRALinear.row_blocks = row_blocks  # type: ignore[method-assign]
+    LoRALinear.row_blocks = row_blocks  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
