@@ -1,9 +1,9 @@
 """Sweep the quickstart: learning rates of each phase and scale of the factors, for full, lora and relora.
 
-    python experiments/quickstart/sweep.py WORK [--stage tune|seeds] [--only NAME ...]
+    python experiments/quickstart/sweep.py WORK [--stage full|tune|rest|seeds] [--only NAME ...] [--jobs 2]
 
-Every cell is the shipped recipe with overrides, trained by `relora train` in a process of one thread, two at
-a time; finished cells are not run again. Cells that share seed and full-rank learning rate share their warm
+Every cell is the shipped recipe with overrides, trained by `relora train` in a process of one thread;
+finished cells are not run again. Cells that share seed and full-rank learning rates share their warm
 start: it is trained once, and the others resume from its last checkpoint, which gives the same bits as
 training it again. Results are written to results.json beside this file.
 """
@@ -77,8 +77,7 @@ def train(cell: Cell, work: Path) -> None:
 def collect(work: Path) -> list[dict[str, object]]:
     """Gather the finished cells: those here, and those of earlier starts that results.json holds."""
     earlier = json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else []
-    known = {row["cell"]: row for row in earlier}
-    rows = []
+    rows = {row["cell"]: row for row in earlier}
     kept = ("eval/loss", "eval/perplexity", "wall_s", "tokens", "parameters_trainable", "restarts", "ranks")
     for cell in CELLS:
         path = work / cell.name / "summary.json"
@@ -87,10 +86,8 @@ def collect(work: Path) -> list[dict[str, object]]:
             row = {"cell": cell.name, "arm": cell.arm, "seed": cell.seed, "overrides": cell.overrides}
             switch = (summary["switch"] or {}).get("eval/loss")
             curve = {"curve": heldout_curve(work / cell.name)}
-            rows.append(row | {key: summary[key] for key in kept} | {"switch_loss": switch} | curve)
-        elif cell.name in known:
-            rows.append(known[cell.name])
-    return rows
+            rows[cell.name] = row | {key: summary[key] for key in kept} | {"switch_loss": switch} | curve
+    return list(rows.values())
 
 
 def heldout_curve(folder: Path) -> list[tuple[int, float]]:
@@ -105,6 +102,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--stage", nargs="*", default=["full"])
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--jobs", type=int, default=2, help="cells that train at once")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in CELLS if cell.stage in arguments.stage]
@@ -114,7 +112,7 @@ def main() -> None:
     without = [c for c in chosen if c.has_warm_start and donor_of(c, recipe_of(c, work), work) is None]
     first = {cell.warm_start: cell for cell in reversed(without)}
     donors = [c for c in chosen if c in first.values() or not c.has_warm_start]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda cell: train(cell, arguments.work), donors))
         list(pool.map(lambda cell: train(cell, arguments.work), [c for c in chosen if c not in donors]))
     results = {"versions": versions(), "cells": collect(arguments.work)}
