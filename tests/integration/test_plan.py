@@ -222,7 +222,7 @@ def test_the_complements_votes_are_planned_and_both_factors_without_them() -> No
     plan = plan_run(planned)
     assert not plan.unavailable
     base = 2 * (4 * 40 * 40 + 3 * 40 * 72)
-    assert plan.methods["relora, one-sided"].footprint.observed_bytes == pytest.approx(base, abs=64)
+    assert plan.methods["relora, one-sided"].footprint.observed_bytes == pytest.approx(base, abs=256)
     assert plan.methods["relora"].footprint.observed_bytes < 64
 
 

@@ -80,8 +80,10 @@ def in_large_blocks() -> Iterator[None]:
     It saves time. A block's bytes, a fraction of one layer, are nothing beside a model that is deep.
     """
 
+    own_blocks = LoRALinear.row_blocks
+
     def row_blocks(layer: LoRALinear) -> Iterator[slice]:
-        step = -(-layer.out_features // _LARGE_BLOCKS)
+        step = max(next(own_blocks(layer)).stop, -(-layer.out_features // _LARGE_BLOCKS))
         for first in range(0, layer.out_features, step):
             yield slice(first, min(first + step, layer.out_features))
 
