@@ -78,11 +78,15 @@ def one_sided(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-B", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def signed(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
-    """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md)."""
-    relora = ONE_SIDED | {"residual": "sign", "residual_scale": scale}
-    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
-    return Cell(arm="relora-sign", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
+def signed(lr: float, times: float, *, low: float = 1.0, **cell: Any) -> Cell:
+    """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md).
+
+    `low` multiplies the rate of embeddings, head and norms after the switch only.
+    """
+    optim = {"factor_lr": lr * times} | ({} if low == 1 else {"low_rank_lr": lr * low})
+    label = f"f{times:g}" + (f"l{low:g}" if low != 1 else "")
+    changes = {"relora": ONE_SIDED | {"residual": "sign"}, "optim": optim}
+    return Cell(arm="relora-sign", lr=lr, label=label, changes=changes, **cell)
 
 
 def cold(lr: float, times: float, **cell: Any) -> Cell:
@@ -116,25 +120,24 @@ def _two_factors(arm: str, changes: Overrides, lr: float, *, times: float, scale
 PEAK = 4e-3
 """The best full-rank learning rate of the stage "full"; warm starts use it where no other is named."""
 
+REST = 32.0
+"""The multiple for embeddings, head and norms that full rank wants; 64 was worse, and not run to its end."""
+
 CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
-    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4, 8, 16, 32, 64)),
-    *(full(lr, rest=rest, stage="full") for lr, rest in ((2e-3, 32), (8e-3, 8))),
+    *(full(PEAK, rest=rest, stage="full") for rest in (2, 4, 8, 16, 32)),
     *(arm(PEAK, times, stage="tune") for times in (1, 2, 4) for arm in (one_sided, lora, both)),
     *(signed(PEAK, times, stage="tune") for times in (0.5, 1, 2)),
-    *(
-        arm(PEAK, times, rest=rest, stage="rest")
-        for rest in (4, 8, 16, 32)
-        for arm in (one_sided, signed, cold)
-        for times in (0.5, 1, 2)
-    ),
-    *(
-        arm(PEAK, times, rest=rest, stage="rest")
-        for rest in (8, 16, 32)
-        for arm in (lora, both)
-        for times in (1, 2, 4)
-    ),
-    *(full(PEAK, rest=32, stage="seeds", seed=seed) for seed in (1, 2)),
-    *(signed(PEAK, 1, rest=32, stage="seeds", seed=seed) for seed in (1, 2)),
-    *(arm(PEAK, 2, rest=32, stage="seeds", seed=seed) for arm in (lora, both) for seed in (1, 2)),
+    *(signed(PEAK, 1, low=low, stage="rest") for low in (0.5, 2)),
+    *(signed(PEAK, 1, rest=rest, stage="rest") for rest in (4, 8, 16, 32)),
+    *(arm(PEAK, 2, rest=REST, stage="rest") for arm in (lora, both)),
+    *(full(PEAK, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
+    *(signed(PEAK, 1, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
+    *(arm(PEAK, 2, rest=REST, stage="seeds", seed=seed) for arm in (lora, both) for seed in (1, 2)),
+    # Not run yet: the factors' rate and scale at REST, and the preset that starts cold.
+    *(arm(PEAK, times, rest=REST, stage="factors") for times in (1, 4) for arm in (lora, both)),
+    *(signed(PEAK, times, rest=REST, stage="factors") for times in (0.5, 2)),
+    *(arm(PEAK, 2, scale=scale, rest=REST, stage="factors") for scale in (0.5, 2) for arm in (lora, both)),
+    *(one_sided(PEAK, times, rest=REST, stage="factors") for times in (0.5, 1, 2)),
+    *(cold(PEAK, times, rest=REST, stage="cold") for times in (0.5, 1, 2)),
 ]
