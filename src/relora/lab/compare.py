@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.errors import ConfigError
-from relora.lab.cell_files import CellFiles
-from relora.lab.gather import earlier_outcomes, study_results
+from relora.lab.gather import earlier_outcomes, ended, study_results
 from relora.lab.plan import Outcome, Planner, predicted
 from relora.lab.report import RESULTS, read_results, write_results, write_tables
 from relora.lab.runner import Observer, Runner
@@ -103,8 +102,7 @@ def tables_only(study: Study, folder: Path) -> dict[str, Any]:
         new = {
             cell.name: outcome
             for cell in plan.cells
-            if cell.name not in outcomes
-            and (outcome := CellFiles(cell).outcome() or kept.get(cell.name)) is not None
+            if cell.name not in outcomes and (outcome := ended(cell, kept)) is not None
         }
         if not new:
             break

@@ -97,6 +97,11 @@ def earlier_outcomes(results: Mapping[str, Any]) -> dict[str, Outcome]:
     }
 
 
+def ended(cell: Cell, kept: Mapping[str, Outcome]) -> Outcome | None:
+    """Return how a cell ended: by its run folder, else by what study.json kept; None if it has not."""
+    return CellFiles(cell).outcome() or kept.get(cell.name)
+
+
 def _has_ended(row: Mapping[str, Any]) -> bool:
     return row["status"] in ("finished", "diverged")
 

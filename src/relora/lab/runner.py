@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from relora.errors import ConfigError
 from relora.lab.cell_files import CellFiles
-from relora.lab.gather import earlier_outcomes
+from relora.lab.gather import earlier_outcomes, ended
 from relora.lab.plan import Outcome, Planner, WorkPlan, predicted
 from relora.lab.processes import RunningCell, start
 from relora.lab.study import Cell, Study
@@ -124,7 +124,7 @@ class Runner:
             found = [
                 (cell, outcome)
                 for cell in unknown
-                if cell.name not in self._running and (outcome := self._ended(cell)) is not None
+                if cell.name not in self._running and (outcome := ended(cell, self._kept)) is not None
             ]
             for cell, outcome in found:
                 self._note(cell, outcome)
@@ -133,10 +133,6 @@ class Runner:
                 self._observer.grown(total_tokens=tokens, num_cells=len(plan.cells))
                 self._drop_checkpoints(plan)
                 return plan
-
-    def _ended(self, cell: Cell) -> Outcome | None:
-        """Return how a cell ended: by its run folder, else by study.json."""
-        return CellFiles(cell).outcome() or self._kept.get(cell.name)
 
     def _check_text(self, data: Sequence[Mapping[str, Any]]) -> None:
         """Refuse to go on from results that were made on another text."""

@@ -41,8 +41,7 @@ from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear
-from relora.method.ranks import sum_over_ranks_
-from relora.method.residuals import RESIDUALS, GradientObserver, Residual
+from relora.method.residuals import RESIDUALS, GradientObserver, Residual, move_together_
 from relora.method.seeds import derived_generator
 
 
@@ -139,15 +138,9 @@ class Complement:
         """
         if not self._observers:
             return None
-        shared = [observer.shared() for observer in self._observers]
-        counts = [observer.num_passes for observer in self._observers]
-        passes = torch.tensor(counts, device="cpu").to(shared[0].device)
-        sum_over_ranks_([passes, *shared])
-        layers = tuple(
-            observer.move_(held, self._size(observer.layer, lrs[id(observer.layer.lora_B)]))
-            for observer, held in zip(self._observers, shared, strict=True)
-        )
-        return ComplementReport(step=step, residual=self._config.residual, layers=layers, passes=passes)
+        layers = [observer.layer for observer in self._observers]
+        sizes = [self._size(layer, lrs[id(layer.lora_B)]) for layer in layers]
+        return move_together_(self._observers, sizes, step=step, residual=self._config.residual)
 
     def _size(self, layer: LoRALinear, lr: float | Tensor) -> float | Tensor:
         rms = FACTOR_INITS[self._config.factor_init].rms(layer.in_features)

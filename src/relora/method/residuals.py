@@ -7,14 +7,14 @@ state (`state_free`) both move weights by it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from relora.method.complement_report import LayerComplement
-from relora.method.ranks import num_ranks
+from relora.method.complement_report import ComplementReport, LayerComplement
+from relora.method.ranks import num_ranks, sum_over_ranks_
 
 _INT8_MAX = 127
 
@@ -203,3 +203,35 @@ class GradientObserver:
             held_bytes=self.held.nbytes,
             shared_bytes=held.nbytes if num_ranks() > 1 else 0,
         )
+
+
+@torch.no_grad()
+def move_together_(
+    observers: Sequence[GradientObserver],
+    sizes: Sequence[float | Tensor],
+    *,
+    step: int,
+    residual: str,
+    keep: float = 1.0,
+) -> ComplementReport:
+    """Move each observer's weight by what all ranks have seen of it; every rank calls it.
+
+    Args:
+        observers: One at least.
+        sizes: Of their steps.
+        step: The step just taken.
+        residual: The name of what they hold.
+        keep: What weight decay leaves of a weight.
+
+    Returns:
+        What moved, and what it took.
+    """
+    shared = [observer.shared() for observer in observers]
+    counts = [observer.num_passes for observer in observers]
+    passes = torch.tensor(counts, device="cpu").to(shared[0].device)
+    sum_over_ranks_([passes, *shared])
+    layers = tuple(
+        observer.move_(held, size, keep=keep)
+        for observer, held, size in zip(observers, shared, sizes, strict=True)
+    )
+    return ComplementReport(step=step, residual=residual, layers=layers, passes=passes)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from relora.errors import ConfigError
 from relora.method.complement_report import ComplementReport
 from relora.method.observe import observed, refuse_compiled
-from relora.method.ranks import sum_over_ranks_
-from relora.method.residuals import RESIDUALS, GradientObserver
+from relora.method.residuals import RESIDUALS, GradientObserver, move_together_
 
 _BLOCK_ENTRIES = 1 << 22
 
@@ -132,15 +131,9 @@ class StateFree:
                 f"step {step}: a warm start by {self._kind!r} steps saw no backward pass through any of "
                 f"{len(observers)} layers; is the model compiled?"
             )
-        shared = [observer.shared() for observer in observers]
-        counts = [observer.num_passes for observer in observers]
-        passes = torch.tensor(counts, device="cpu").to(shared[0].device)
-        sum_over_ranks_([passes, *shared])
-        layers = tuple(
-            observer.move_(held, size, keep=keep) for observer, held in zip(observers, shared, strict=True)
-        )
+        report = move_together_(observers, [size] * len(observers), step=step, residual=self._kind, keep=keep)
         self._begin_step()
-        return ComplementReport(step=step, residual=self._kind, layers=layers, passes=passes)
+        return report
 
     def release_(self) -> None:
         """Give the weights back to autograd."""

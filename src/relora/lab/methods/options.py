@@ -36,23 +36,13 @@ class MuonOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleOptions(MethodOptions):
+class ScaleOptions(MuonOptions):
     """Normalised gradients without memory on every matrix at optim.lr, the output head's with momentum; AdamW
     on norms and biases (after SCALE, arXiv 2506.16659).
     """
 
     momentum: float = 0.9
     """Decay of the output head's momentum."""
-    adamw_lr: float | None = None
-    """Peak learning rate of norms and biases; none means optim.lr."""
-
-    def violations(self) -> list[str]:
-        """Return what is wrong with these fields, in words."""
-        rate = self.adamw_lr
-        return unmet(
-            (0 <= self.momentum < 1, f"momentum must be at least 0 and below 1, not {self.momentum:g}"),
-            (rate is None or rate > 0, f"adamw_lr must be above 0, not {rate}"),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
