@@ -78,15 +78,18 @@ def one_sided(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-B", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def signed(lr: float, times: float, *, low: float = 1.0, **cell: Any) -> Cell:
+def signed(
+    lr: float, times: float, *, low: float = 1.0, scale: float = 1.0, kind: str = "sign", **cell: Any
+) -> Cell:
     """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md).
 
-    `low` multiplies the rate of embeddings, head and norms after the switch only.
+    `low` multiplies the rate of embeddings, head and norms after the switch only, `scale` the step on the
+    complement.
     """
     optim = {"factor_lr": lr * times} | ({} if low == 1 else {"low_rank_lr": lr * low})
-    label = f"f{times:g}" + (f"l{low:g}" if low != 1 else "")
-    changes = {"relora": ONE_SIDED | {"residual": "sign"}, "optim": optim}
-    return Cell(arm="relora-sign", lr=lr, label=label, changes=changes, **cell)
+    label = f"f{times:g}" + (f"l{low:g}" if low != 1 else "") + (f"c{scale:g}" if scale != 1 else "")
+    relora = ONE_SIDED | {"residual": kind} | ({} if scale == 1 else {"residual_scale": scale})
+    return Cell(arm=f"relora-{kind}", lr=lr, label=label, changes={"relora": relora, "optim": optim}, **cell)
 
 
 def cold(lr: float, times: float, **cell: Any) -> Cell:
@@ -134,10 +137,12 @@ CELLS = [
     *(full(PEAK, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(signed(PEAK, 1, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(arm(PEAK, 2, rest=REST, stage="seeds", seed=seed) for arm in (lora, both) for seed in (1, 2)),
-    # Not run yet: the factors' rate and scale at REST, and the preset that starts cold.
+    # The factors' rate and scale at REST, the scale and kind of the complement's step, and the preset that starts cold.
     *(arm(PEAK, times, rest=REST, stage="factors") for times in (1, 4) for arm in (lora, both)),
     *(signed(PEAK, times, rest=REST, stage="factors") for times in (0.5, 2)),
     *(arm(PEAK, 2, scale=scale, rest=REST, stage="factors") for scale in (0.5, 2) for arm in (lora, both)),
     *(one_sided(PEAK, times, rest=REST, stage="factors") for times in (0.5, 1, 2)),
+    *(signed(PEAK, 1, scale=scale, rest=REST, stage="factors") for scale in (0.25, 0.5, 2)),
+    *(signed(PEAK, 1, kind="column", scale=scale, rest=REST, stage="factors") for scale in (0.5, 1)),
     *(cold(PEAK, times, rest=REST, stage="cold") for times in (0.5, 1, 2)),
 ]

@@ -19,7 +19,8 @@ NAMES = {
     "relora-both": "ReLoRA, both factors (the paper's form, scaling 1)",
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
-    "relora-cold": "the same from cold, without a warm start",
+    "relora-column": "ReLoRA, one-sided, column-normalised step on the complement",
+    "relora-cold": "the sign step from cold, without a warm start",
 }
 COLORS = {
     "full": "#333333",
@@ -27,6 +28,7 @@ COLORS = {
     "relora-both": "#c7781b",
     "relora-B": "#1f6fb4",
     "relora-sign": "#2a9d55",
+    "relora-column": "#b23a6f",
     "relora-cold": "#7a4fa3",
 }
 

@@ -17,9 +17,9 @@ from transformers import LlamaForCausalLM
 from relora.cli.main import main
 from relora.cli.plan import memory_bytes
 from relora.errors import ConfigError
+from relora.lab.planner.chart import chart
 from relora.lab.planner.footprint import footprint
 from relora.lab.planner.plan import METHODS, plan_run, with_settings
-from relora.lab.planner.show import chart
 from relora.train.architecture import llama_config
 from relora.train.config import Recipe
 from relora.train.loss import TokenLoss

@@ -114,6 +114,7 @@ def test_multiples_of_the_rate_and_shares_of_the_length_are_settled():
 def test_extensions_keep_the_form_of_the_value():
     assert like("2x", 8) == "8x" and like("25%", 50) == "50%"
     assert like(3, 5.6) == 6 and like(0.1, 0.2) == 0.2
+    assert like([16.0, 16.0], 32) == [32.0, 32.0]
 
 
 def tried(axis: str, losses: dict) -> list[Tried]:
@@ -135,6 +136,14 @@ def test_winner_on_the_edge_is_told_and_extended_as_far_again(losses, further):
     assert choice.edges == ("optim.lr",)
     assert beyond(choice, points, axes={"optim.lr"}) == [{"optim.lr": further}]
     assert beyond(choice, points, axes=set()) == []
+
+
+def test_three_multiples_that_are_one_number_are_extended_together_and_others_are_no_scale():
+    axis = "optim.rest_lr_multiples"
+    points = [Tried(settings={axis: [value] * 3}, loss=1 / value) for value in (16.0, 32.0)]
+    assert beyond(choose(points), points, axes={axis}) == [{axis: [64.0] * 3}]
+    points.append(Tried(settings={axis: [16.0, 32.0, 1.0]}, loss=0.0))
+    assert choose(points).edges == ()
 
 
 def test_a_diverged_neighbour_bounds_the_grid_and_all_diverged_have_no_winner():

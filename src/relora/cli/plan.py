@@ -66,7 +66,7 @@ def run(words: Sequence[str]) -> int:
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
         from relora.lab.planner.plan import device_here, plan_run
-        from relora.lab.planner.show import chart, show_plan
+        from relora.lab.planner.show import show_plan
 
         plan = plan_run(
             recipe,
@@ -76,6 +76,8 @@ def run(words: Sequence[str]) -> int:
             device=device_here() if arguments.device == "auto" else arguments.device,
         )
         if arguments.svg is not None:
+            from relora.lab.planner.chart import chart
+
             _write(arguments.svg, chart(plan))
     if arguments.json:
         print_json(plan.as_dict())

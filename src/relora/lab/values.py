@@ -65,9 +65,15 @@ def _settled(key: str, value: object, lr: float, steps: int) -> object:
 
 
 def magnitude(value: object) -> float | None:
-    """Return the number in a setting that can be ordered ("2x" is 2, "25%" is 25); None for any other."""
+    """Return the number in a setting that can be ordered; None for any other.
+
+    "2x" is 2, "25%" is 25, and a list of one number many times, such as three multiples of a rate, is that number.
+    """
     if isinstance(value, bool):
         return None
+    if isinstance(value, list | tuple):
+        numbers = {magnitude(item) for item in value}
+        return numbers.pop() if len(numbers) == 1 else None
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, str) and (found := _TIMES.fullmatch(value) or _PERCENT.fullmatch(value)):
@@ -76,7 +82,9 @@ def magnitude(value: object) -> float | None:
 
 
 def like(value: object, number: float) -> Any:
-    """Return a number in the form of a setting: as "2x", "25%", a whole number or a fraction."""
+    """Return a number in the form of a setting: as "2x", "25%", a list, a whole number or a fraction."""
+    if isinstance(value, list | tuple):
+        return [like(item, number) for item in value]
     if isinstance(value, str):
         return f"{number:g}{value[-1]}"
     return max(1, round(number)) if isinstance(value, int) else float(f"{number:.6g}")

@@ -24,7 +24,7 @@ from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint
 # Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer, or of this
 # many entries, are less than the layer itself.
 _BLOCKS = 32
-_LEAST_BLOCK_ENTRIES = 1 << 13
+_LEAST_BLOCK_ENTRIES = 1 << 14
 
 
 class FrozenBase(nn.Module):

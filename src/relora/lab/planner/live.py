@@ -106,6 +106,11 @@ class LiveBytes(TorchDispatchMode):
         storage.label = label
         self._add(label, storage.num_bytes)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Stay as written: torch would wrap every call for a compiler, and import it first, which takes seconds."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
