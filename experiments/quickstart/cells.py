@@ -137,7 +137,7 @@ CELLS = [
     *(full(PEAK, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(signed(PEAK, 1, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(arm(PEAK, 2, rest=REST, stage="seeds", seed=seed) for arm in (lora, both) for seed in (1, 2)),
-    # The factors' rate and scale at REST, the scale and kind of the complement's step, and the preset that starts cold.
+    # The factors' rate and scale at REST, the scale and kind of the complement's step, and a cold start.
     *(arm(PEAK, times, rest=REST, stage="factors") for times in (1, 4) for arm in (lora, both)),
     *(signed(PEAK, times, rest=REST, stage="factors") for times in (0.5, 2)),
     *(arm(PEAK, 2, scale=scale, rest=REST, stage="factors") for scale in (0.5, 2) for arm in (lora, both)),

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from loops import Loop, adamw, batch, differing, tiny_model
 from method_samples import LAYER_KINDS, Branches, as_rows, numpy64
 from reference.beyond import SplitAdam, complement, majority, unit_columns
 from relora import ConfigError, LoRALinear, NonFiniteError, ReLoRAConfig, inject
-from relora.method.complement import RESIDUALS
+from relora.method.complement import RESIDUALS, LayerObserver
+from relora.method.observe import Observers
 
 CONFIG = ReLoRAConfig(
     rank=3, factors="B", residual="sign", scaling_rule="matched", reset="none", restart_every=100
@@ -463,3 +466,76 @@ def test_turns_of_which_nothing_was_seen_are_refused_once_every_layer_had_one():
     assert loop.relora.state_dict()["step"] == 2
     loop = Loop(replace(CONFIG, residual_layers=1), Branches())
     loop.run(1, 6)  # one of the two branches is never used
+
+
+# lora_B's gradient comes of what the observer forms
+
+
+def one_layer(kind, *, is_observed, dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYER_KINDS[kind](13, 6)).to(dtype)
+    inject(model, replace(CONFIG, forward="effective", **changes))
+    (layer,) = model
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    if is_observed:
+        layer.observers = Observers((LayerObserver(layer, RESIDUALS["sign"]),))
+    return layer
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("changes", [{}, {"scaling_rule": "learned", "alpha": 6.0}])
+def test_an_observed_layer_has_the_gradients_of_one_that_is_not(kind, use_reentrant, changes):
+    found = []
+    for is_observed in (False, True):
+        layer = one_layer(kind, is_observed=is_observed, **changes)
+        x = torch.randn(5, 4, 13, dtype=torch.float64, requires_grad=True)
+        for _ in range(2):  # gradients of two micro batches add up
+            y = layer(x) if use_reentrant is None else checkpoint(layer, x, use_reentrant=use_reentrant)
+            y.sin().sum().backward()
+        trained = [p.grad for p in layer.parameters() if p.requires_grad]
+        found.append([x.grad, *trained])
+        torch.manual_seed(0)
+    assert len(found[0]) == (4 if changes else 3)
+    for without, observed in zip(*found, strict=True):
+        torch.testing.assert_close(observed, without)
+
+
+def test_an_observed_layer_has_second_derivatives_too():
+    found = []
+    for is_observed in (False, True):
+        layer = one_layer("linear", is_observed=is_observed)
+        x = torch.linspace(-1, 1, 26, dtype=torch.float64).view(2, 13).requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).sin().sum(), layer.lora_B, create_graph=True)
+        first.square().sum().backward()
+        found.append((x.grad, layer.lora_B.grad))
+    for without, observed in zip(*found, strict=True):
+        torch.testing.assert_close(observed, without)
+
+
+def test_under_autocast_the_gradient_is_no_less_exact_than_that_of_a_layer_that_is_not_observed():
+    exact = one_layer("linear", is_observed=False)
+    x = torch.randn(64, 13, dtype=torch.float64)
+    exact(x).sin().sum().backward()
+    errors = []
+    for is_observed in (False, True):
+        low = one_layer("linear", is_observed=is_observed, dtype=torch.float32)
+        low.load_state_dict(exact.state_dict())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = low(x.float())
+        y.float().sin().sum().backward()
+        assert low.lora_B.grad.dtype == torch.float32
+        errors.append((low.lora_B.grad.double() - exact.lora_B.grad).norm())
+    assert 0 < errors[1] < 1.1 * errors[0]
+
+
+def test_the_gradient_of_lora_B_costs_an_observed_layer_no_token_anything():
+    flops = []
+    for num_tokens in (50, 100):
+        layer = one_layer("linear", is_observed=True)
+        x = torch.randn(num_tokens, 13, dtype=torch.float64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == 50 * 6 * 13 * 6  # forward, input gradient, G

@@ -19,6 +19,8 @@ WATCHING = ReLoRAConfig(rank=3, factors="B", restart_every=3, residual="sign", s
 
 
 class Recorder:
+    forms_product = False
+
     def __init__(self):
         self.gradients = []
 

@@ -67,7 +67,7 @@ def _settled(key: str, value: object, lr: float, steps: int) -> object:
 def magnitude(value: object) -> float | None:
     """Return the number in a setting that can be ordered; None for any other.
 
-    "2x" is 2, "25%" is 25, and a list of one number many times, such as three multiples of a rate, is that number.
+    "2x" is 2, "25%" is 25, and a list of one number many times, as equal multiples of a rate, that number.
     """
     if isinstance(value, bool):
         return None

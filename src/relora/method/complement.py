@@ -22,10 +22,11 @@ lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kapp
 so that each has its turn once a round; turns are a pure function of the step. The step is not made larger for
 the turns that a layer waits: that would be residual_scale times their number, so residual_scale says it.
 
-Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again, as
-full rank pays; 4 * out * in * rank a micro batch for the projection; x kept for the backward, as at full
-rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed an all-reduce of
-them (1 or 2 bytes a weight). G is made a block of rows at a time (four million entries), never whole.
+Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again,
+as full rank pays; 4 * out * in * rank a micro batch for the projection, of which lora_B's gradient s G A^T
+comes as well (on the effective path), so that it costs no token anything; x kept for the backward, as at
+full rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed an all-reduce
+of them (1 or 2 bytes a weight). G is made a block of rows at a time (four million entries), never whole.
 
 Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all.
 """
@@ -48,14 +49,17 @@ from relora.method.seeds import derived_generator
 class LayerObserver(GradientObserver):
     """What one layer's backward passes of one step leave of G_perp."""
 
+    forms_product = True
+
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
         super().__init__(layer, residual)
         self.layer = layer
 
-    def _wanted(self, block: Tensor) -> Tensor:
+    def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
         lora_A = self.layer.lora_A.detach()
         block = block.to(lora_A.dtype)
-        return block - (block @ lora_A.T) @ lora_A
+        product = block @ lora_A.T
+        return block - product @ lora_A, product
 
     @property
     def flops(self) -> int:

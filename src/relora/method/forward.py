@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora.method.casts import InputCasts, compute_dtype
+from relora.method.observe import SeenProduct
 
 
 class Decoder(Protocol):
@@ -66,6 +67,7 @@ def effective_linear(
     decoder: Decoder | None = None,
     is_transposed: bool = False,
     casts: InputCasts | None = None,
+    seen: SeenProduct | None = None,
 ) -> Tensor:
     """Return x (W + s B A)^T + bias; differentiable in all but the base.
 
@@ -79,12 +81,13 @@ def effective_linear(
         decoder: None where the base is the weight itself.
         is_transposed: Whether the weight is (in_features, out_features).
         casts: Shared by layers that may be given the same input.
+        seen: Where g^T x lora_A^T will be found in the backward, made by an observer that keeps `input` too.
     """
     dtype = compute_dtype(input)
     # A cast input goes in beside the input: the function keeps the one and gives its gradient to the other.
     cast_input = None if input.dtype == dtype else (casts or InputCasts())(input, dtype)
-    keeps_low = torch.is_grad_enabled() and not lora_A.requires_grad
-    args = (input, cast_input, bias, lora_A, lora_B, scaling, decoder, is_transposed, keeps_low, *base)
+    keeps_low = torch.is_grad_enabled() and not lora_A.requires_grad and seen is None
+    args = (input, cast_input, bias, lora_A, lora_B, scaling, decoder, is_transposed, keeps_low, seen, *base)
     return cast(Tensor, EffectiveLinear.apply(*args)[0])  # type: ignore[no-untyped-call]
 
 
@@ -131,9 +134,11 @@ class EffectiveLinear(torch.autograd.Function):
         decoder: Decoder | None,
         is_transposed: bool,
         keeps_low: bool,
+        seen: SeenProduct | None,
         *base: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Form the weight and apply it."""
+        del seen
         x = input if cast_input is None else cast_input
         A, B = lora_A.to(x.dtype), _scaled(lora_B, scaling, x.dtype)
         weight = _formed(base, decoder, is_transposed, A, B)
@@ -144,13 +149,13 @@ class EffectiveLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         """Keep the input, or x A^T instead; everything else here is a parameter that exists anyway."""
         input, cast_input, bias, lora_A, lora_B, scaling, *rest = inputs
-        ctx.decoder, ctx.is_transposed, ctx.one_sided, *base = rest
+        ctx.decoder, ctx.is_transposed, ctx.one_sided, ctx.seen, *base = rest
         x = input if cast_input is None else cast_input
         ctx.set_materialize_grads(False)
         ctx.number = None if isinstance(scaling, Tensor) else scaling
         ctx.bias_dtype, ctx.dtype = None if bias is None else bias.dtype, x.dtype
         ctx.input_dtype = input.dtype
-        kept = output[1] if ctx.one_sided else x
+        kept = output[1] if ctx.one_sided else x if ctx.seen is None else input
         ctx.save_for_backward(kept, lora_A, lora_B, scaling if ctx.number is None else None, *base)
 
     @staticmethod
@@ -164,9 +169,14 @@ class EffectiveLinear(torch.autograd.Function):
         d_input = d_bias = d_A = d_B = d_scaling = None
         if grad is not None:
             g = grad.reshape(-1, grad.shape[-1])
-            flat = kept.reshape(-1, kept.shape[-1])
             if wants_B or wants_scaling or wants_A:
-                d_A, d_product = _factor_gradients(g, flat, A, B, one_sided=ctx.one_sided, wants_A=wants_A)
+                # What was seen has no derivative of its own.
+                d_product = None if ctx.seen is None or torch.is_grad_enabled() else ctx.seen.take()
+                if d_product is None:
+                    flat = kept.reshape(-1, kept.shape[-1]).to(ctx.dtype)
+                    d_A, d_product = _factor_gradients(
+                        g, flat, A, B, one_sided=ctx.one_sided, wants_A=wants_A
+                    )
                 d_B = (d_product * scaling).to(lora_B.dtype)
                 d_scaling = (d_product.to(lora_B.dtype) * lora_B).sum() if wants_scaling else None
                 d_A = None if d_A is None else d_A.to(lora_A.dtype)
@@ -179,7 +189,7 @@ class EffectiveLinear(torch.autograd.Function):
             through_low = grad_low @ A
             d_input = through_low if d_input is None else d_input + through_low
         d_input = None if d_input is None else d_input.to(ctx.input_dtype)
-        return d_input, None, d_bias, d_A, d_B, d_scaling, *(None,) * (3 + len(base))
+        return d_input, None, d_bias, d_A, d_B, d_scaling, *(None,) * (4 + len(base))
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -43,6 +43,8 @@ class GradientInitReport:
 class Sketch:
     """The sketch of one layer's gradient in one step."""
 
+    forms_product = False
+
     def __init__(self, layer: LoRALinear, *, seed: int, restart_index: int) -> None:
         self.layer = layer
         self._key = (seed, restart_index, layer.name)

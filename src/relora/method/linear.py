@@ -28,7 +28,7 @@ from relora.method.forward import (
     plain_linear,
 )
 from relora.method.master import keeping
-from relora.method.observe import Observer, observed
+from relora.method.observe import Observer, observed, product_of
 from relora.method.scaling import initial_scaling
 
 _FACTORS = ("lora_A", "lora_B", "lora_scaling")
@@ -146,10 +146,11 @@ class LoRALinear(FrozenBase):
         """
         if self._uses_effective_weight(input):
             factors = (self.lora_A, self.lora_B, self.scaling)
+            seen = None if self.lora_A.requires_grad else product_of(self.observers)
             output = effective_linear(
-                input, self.bias, *factors, *self.base_parts, **self._layout, casts=self._casts
+                input, self.bias, *factors, *self.base_parts, **self._layout, casts=self._casts, seen=seen
             )
-            return observed(output, input, self.observers)
+            return observed(output, input, self.observers, seen)
         # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
         low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling

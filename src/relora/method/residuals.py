@@ -128,6 +128,8 @@ class Movable(Protocol):
 class GradientObserver:
     """What one layer's backward passes of one step leave of its weight's gradient."""
 
+    forms_product = False
+
     def __init__(self, base: Movable, residual: Residual) -> None:
         self.num_passes = 0
         self.num_rows = 0
@@ -144,21 +146,26 @@ class GradientObserver:
             self._held = torch.zeros(shape, dtype=self._residual.dtype, device=self._base.weight.device)
         return self._held
 
-    def observe(self, x: Tensor, gradient: Tensor) -> None:
+    def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
         """Add one backward pass."""
         bad = torch.zeros((), dtype=torch.int64, device=gradient.device)
+        products: list[Tensor] = []
         for rows in self._base.row_blocks():
-            block = self._wanted(gradient[:, rows].T @ x)
+            block, product = self._split(gradient[:, rows].T @ x)
+            products += [] if product is None else [product]
             is_bad = ~block.isfinite()
             bad += is_bad.sum()
             self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)
         self.num_non_finite = self.num_non_finite.to(bad.device) + bad
         self.num_passes += 1
         self.num_rows += len(x)
+        return torch.cat(products) if products else None
 
-    def _wanted(self, block: Tensor) -> Tensor:
-        """Return the part of some rows of the gradient that is to be stepped on, in float32 at least."""
-        return block if block.dtype == torch.float64 else block.float()
+    def _split(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the part of some rows of the gradient that is to be stepped on, in float32 at least; and the
+        rows in the coordinates of the rest, where there is one.
+        """
+        return block if block.dtype == torch.float64 else block.float(), None
 
     def shared(self) -> Tensor:
         """Return what is held as this rank hands it to the others."""

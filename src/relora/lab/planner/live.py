@@ -108,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Stay as written: torch would wrap every call for a compiler, and import it first, which takes seconds."""
+        """Stay as written: torch would wrap every call to keep a compiler out, and import that first."""
         return False
 
     def __torch_dispatch__(
