@@ -44,7 +44,7 @@ BENCHMARKS = {
     ),
     "overhead": Benchmark(words=("overhead.py",), minutes=3, is_bar=True),
     "restart": Benchmark(words=("restart.py",), minutes=8, is_bar=True),
-    "low_rank_linear": Benchmark(words=("low_rank_linear.py",), minutes=15, is_bar=True),
+    "low_rank_linear": Benchmark(words=("low_rank_linear.py", "--hidden", "1024"), minutes=2, is_bar=True),
     "steps_never_slower": Benchmark(
         words=("steps.py", "--ratios", "8", "32", "--methods", "auto", "one-sided"), minutes=10, is_bar=True
     ),

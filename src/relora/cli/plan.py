@@ -65,16 +65,19 @@ def run(words: Sequence[str]) -> int:
     memory = None if arguments.memory is None else memory_bytes(arguments.memory)
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
+        from rich.console import Console
+
         from relora.lab.planner.plan import device_here, plan_run
         from relora.lab.planner.show import show_plan
 
-        plan = plan_run(
-            recipe,
-            memory_bytes=memory,
-            vocab_size=arguments.vocab_size,
-            devices=arguments.devices,
-            device=device_here() if arguments.device == "auto" else arguments.device,
-        )
+        with Console(stderr=True).status(f"{recipe.run.name}: tracing each method's steps"):
+            plan = plan_run(
+                recipe,
+                memory_bytes=memory,
+                vocab_size=arguments.vocab_size,
+                devices=arguments.devices,
+                device=device_here() if arguments.device == "auto" else arguments.device,
+            )
         if arguments.svg is not None:
             from relora.lab.planner.chart import chart
 
