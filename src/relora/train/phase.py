@@ -2,13 +2,16 @@
 
 At full rank AdamW trains every weight. At the switch the target weights freeze, their gradients and states
 are freed, and a new AdamW trains the factors beside what stays at full rank, each with its own learning rate.
+Of what stays (embeddings, head, norms, biases) it keeps the memory: nothing changes for them, and an Adam
+that has forgotten steps by its whole learning rate in every entry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim import Optimizer as TorchOptimizer
 
@@ -19,6 +22,9 @@ from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName, parameter_groups
 from relora.train.joint import Groups, JointOptimizer, matched_muon
+
+Memory = Mapping[Tensor, dict[str, Any]]
+"""The states of an AdamW by parameter."""
 
 
 @dataclass(kw_only=True)
@@ -149,6 +155,23 @@ def adamw_of(recipe: Recipe, device: torch.device) -> Callable[[Groups], TorchOp
     """Return what makes a recipe's AdamW from groups that have their learning rates."""
     fused = True if device.type in ("cuda", "cpu") else None
     return lambda groups: AdamW(groups, betas=recipe.optim.betas, fused=fused)
+
+
+def carry_memory_(memory: Memory, optimizer: TorchOptimizer) -> int:
+    """Let AdamW go on with what an earlier AdamW knew of those parameters that both train.
+
+    Args:
+        memory: The earlier one's states.
+        optimizer: AdamW, or one of which AdamW is a part.
+
+    Returns:
+        The number of those parameters.
+    """
+    parts = optimizer.parts if isinstance(optimizer, JointOptimizer) else (optimizer,)
+    groups = [group for part in parts if isinstance(part, AdamW) for group in part.param_groups]
+    known = [p for group in groups for p in group["params"] if p in memory]
+    optimizer.state.update({p: memory[p] for p in known})
+    return len(known)
 
 
 def free_gradients_(model: nn.Module) -> None:

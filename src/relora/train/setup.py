@@ -18,7 +18,7 @@ from relora.train.guard import Past
 from relora.train.methods import load_method
 from relora.train.model import build_model
 from relora.train.parallel import Processes
-from relora.train.phase import Plan, free_gradients_, method_config
+from relora.train.phase import Plan, carry_memory_, free_gradients_, method_config
 from relora.train.precision import Resolved, resolve_precision
 from relora.train.run_folder import OpenedRun, refuse_other_settings
 from relora.train.saved import MODEL_CONFIG, TOKENIZER
@@ -121,19 +121,22 @@ def enable_checkpointing_(model: PreTrainedModel) -> None:
 def at_low_rank(state: RunState) -> str:
     """Let the method change the model for the low-rank phase, and build that phase's optimizer, in place.
 
-    The full-rank phase's gradients and optimizer state are freed before the new ones are made.
+    The full-rank gradients are freed first. AdamW goes on with the states of what trains on as it did; the
+    others are freed.
 
     Returns:
         What was done, in words.
     """
     free_gradients_(state.model)
+    memory = dict(state.optimizer.adamw.state)
     state.optimizer.adamw.state.clear()
     report = state.method.switch_(state.model)
     state.model.to(state.device)
     state.optimizer = state.method.build_optimizer(state.model, "low_rank")
+    num_kept = carry_memory_(memory, state.optimizer.adamw)
     state.method.attach(state.model, state.optimizer.adamw)
     state.phase = "low_rank"
-    return report
+    return f"{report}\nAdamW keeps its memory of {num_kept} tensors that train on" if num_kept else report
 
 
 def save_model_files(run: Path, model: object, data: PreparedData) -> None:
