@@ -79,8 +79,9 @@ def test_beyond_is_its_preset_cold_on_the_quickstarts_model_and_text():
     recipe, quickstart = load_recipe("beyond"), load_recipe("quickstart")
     assert method_config(recipe) == ReLoRAConfig.beyond(rank=32)
     assert recipe.switch_step == 0 and recipe.schedule.rewarmup_steps == 0
-    for section in ("model", "data", "optim", "train"):
+    for section in ("model", "data", "train"):
         assert getattr(recipe, section) == getattr(quickstart, section)
+    assert replace(recipe.optim, factor_lr=None) == quickstart.optim
     full = load_recipe("beyond", {"run": {"method": "full"}})
     assert (full.optim.lr, full.switch_step) == (4e-3, None)
 
