@@ -78,18 +78,15 @@ def one_sided(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-B", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def signed(
-    lr: float, times: float, *, low: float = 1.0, scale: float = 1.0, kind: str = "sign", **cell: Any
-) -> Cell:
+def signed(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     """One-sided, and a sign step on the complement of lora_A's rows in every step (docs/beyond.md).
 
-    `low` multiplies the rate of embeddings, head and norms after the switch only, `scale` the step on the
-    complement.
+    `scale` multiplies the step on the complement.
     """
-    optim = {"factor_lr": lr * times} | ({} if low == 1 else {"low_rank_lr": lr * low})
-    label = f"f{times:g}" + (f"l{low:g}" if low != 1 else "") + (f"c{scale:g}" if scale != 1 else "")
-    relora = ONE_SIDED | {"residual": kind} | ({} if scale == 1 else {"residual_scale": scale})
-    return Cell(arm=f"relora-{kind}", lr=lr, label=label, changes={"relora": relora, "optim": optim}, **cell)
+    label = f"f{times:g}" + (f"c{scale:g}" if scale != 1 else "")
+    relora = ONE_SIDED | {"residual": "sign"} | ({} if scale == 1 else {"residual_scale": scale})
+    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-sign", lr=lr, label=label, changes=changes, **cell)
 
 
 def cold(lr: float, times: float, **cell: Any) -> Cell:

@@ -19,7 +19,6 @@ NAMES = {
     "relora-both": "ReLoRA, both factors (the paper's form, scaling 1)",
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
-    "relora-column": "ReLoRA, one-sided, column-normalised step on the complement",
     "relora-cold": "the sign step from cold, without a warm start",
 }
 COLORS = {
@@ -28,7 +27,6 @@ COLORS = {
     "relora-both": "#c7781b",
     "relora-B": "#1f6fb4",
     "relora-sign": "#2a9d55",
-    "relora-column": "#b23a6f",
     "relora-cold": "#7a4fa3",
 }
 
