@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm as norm
 
 from relora.errors import ConfigError, NonFiniteError
 from relora.method.linear import LoRALinear, lora_layers
@@ -127,7 +128,7 @@ def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
 def _target(layer: LoRALinear, rows: slice, keep: float) -> tuple[Tensor, Tensor]:
     """Return rows of the wanted master and of the delta, in the delta's dtype."""
     delta = layer.delta(rows)
-    return layer.master_rows(rows).to(delta.dtype) * keep + delta, delta
+    return (layer.master_rows(rows).to(delta.dtype) * keep).add_(delta), delta
 
 
 def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
@@ -135,12 +136,13 @@ def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
     peaks = torch.zeros_like(sums)
     for rows in layer.row_blocks():
         target, delta = _target(layer, rows, keep)
-        function = layer.weight_rows(rows).to(delta.dtype) * keep + delta
+        function = (layer.weight_rows(rows).to(delta.dtype) * keep).add_(delta)
         layer.write_master_rows_(rows, target)
-        lost = layer.master_rows(rows).to(delta.dtype) - target
-        change = layer.weight_rows(rows).to(delta.dtype) - function
-        sums += torch.stack([delta.square().sum(), lost.square().sum()])
-        peaks = torch.maximum(peaks, torch.stack([delta.abs().max(), change.abs().max()]))
+        # What was wanted makes room for what is missing.
+        lost = torch.sub(layer.master_rows(rows).to(delta.dtype), target, out=target)
+        change = torch.sub(layer.weight_rows(rows).to(delta.dtype), function, out=function)
+        sums += torch.stack([norm(delta), norm(lost)]).square()
+        peaks = torch.maximum(peaks, torch.stack([norm(delta, math.inf), norm(change, math.inf)]))
     layer.claim_residual_()
     delta_norm, lost_norm = (math.sqrt(value) for value in sums.tolist())
     max_abs_delta, max_function_change = peaks.tolist()
