@@ -21,8 +21,9 @@ from relora.method.codecs import BaseCodec, base_codec
 from relora.method.config import ReLoRAConfig
 from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint, keeping, master_for
 
-# Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer, or of this
-# many entries, are less than the layer itself.
+# Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer are less
+# than the layer itself. A block has this many entries at least, so that a small layer's time is not all
+# Python's; its copies are about a megabyte at most.
 _BLOCKS = 32
 _LEAST_BLOCK_ENTRIES = 1 << 14
 

@@ -26,7 +26,7 @@ Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's 
 as full rank pays; 4 * out * in * rank a micro batch for the projection, of which lora_B's gradient s G A^T
 comes as well (on the effective path), so that it costs no token anything; x kept for the backward, as at
 full rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed an all-reduce
-of them (1 or 2 bytes a weight). G is made a block of rows at a time (four million entries), never whole.
+of them (1 or 2 bytes a weight). G is made a block of rows at a time, never whole.
 
 Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all.
 """

@@ -147,7 +147,9 @@ class EffectiveLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        """Keep the input, or x A^T instead; everything else here is a parameter that exists anyway."""
+        """Keep the input, or x A^T instead; everything else here is a parameter that exists anyway. Beside an
+        observer it is the input as given, which the observer keeps too.
+        """
         input, cast_input, bias, lora_A, lora_B, scaling, *rest = inputs
         ctx.decoder, ctx.is_transposed, ctx.one_sided, ctx.seen, *base = rest
         x = input if cast_input is None else cast_input

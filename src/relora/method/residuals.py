@@ -152,7 +152,8 @@ class GradientObserver:
         products: list[Tensor] = []
         for rows in self._base.row_blocks():
             block, product = self._split(gradient[:, rows].T @ x)
-            products += [] if product is None else [product]
+            if product is not None:
+                products.append(product)
             is_bad = ~block.isfinite()
             bad += is_bad.sum()
             self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)

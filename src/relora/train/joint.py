@@ -36,6 +36,11 @@ class JointOptimizer(Optimizer):
         return None
 
 
+def parts_of(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    """Return the optimizers that step: the parts of a joint one, else the optimizer itself."""
+    return optimizer.parts if isinstance(optimizer, JointOptimizer) else (optimizer,)
+
+
 def matched_muon(groups: Groups, *, momentum: float = 0.95) -> Optimizer:
     """Return Muon whose update has about the RMS of AdamW's at the same learning rate.
 

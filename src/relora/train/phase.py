@@ -21,7 +21,7 @@ from relora.method.linear import LoRALinear
 from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName, parameter_groups
-from relora.train.joint import Groups, JointOptimizer, matched_muon
+from relora.train.joint import Groups, JointOptimizer, matched_muon, parts_of
 
 Memory = Mapping[Tensor, dict[str, Any]]
 """The states of an AdamW by parameter."""
@@ -167,8 +167,7 @@ def carry_memory_(memory: Memory, optimizer: TorchOptimizer) -> int:
     Returns:
         The number of those parameters.
     """
-    parts = optimizer.parts if isinstance(optimizer, JointOptimizer) else (optimizer,)
-    groups = [group for part in parts if isinstance(part, AdamW) for group in part.param_groups]
+    groups = [g for part in parts_of(optimizer) if isinstance(part, AdamW) for g in part.param_groups]
     known = [p for group in groups for p in group["params"] if p in memory]
     optimizer.state.update({p: memory[p] for p in known})
     return len(known)

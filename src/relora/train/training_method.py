@@ -26,7 +26,7 @@ from relora.method.state_free import StateFree
 from relora.method.targets import choose_targets
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName
-from relora.train.joint import JointOptimizer
+from relora.train.joint import parts_of
 from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config
 
 
@@ -132,7 +132,7 @@ class Restarting(LowRank):
         """Make what restarts an injected model; before the switch there is none."""
         self.restarter = ReLoRA(
             model,
-            optimizer.parts if isinstance(optimizer, JointOptimizer) else optimizer,
+            parts_of(optimizer),
             method_config(self.recipe),
             seed=self.recipe.run.seed,
             start=self.plan.switch_step or 0,

@@ -106,11 +106,6 @@ class LiveBytes(TorchDispatchMode):
         storage.label = label
         self._add(label, storage.num_bytes)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Stay as written: torch would wrap every call to keep a compiler out, and import that first."""
-        return False
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
