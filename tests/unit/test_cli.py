@@ -25,7 +25,7 @@ from relora.train.checks import field_types
 from relora.train.config import SECTIONS
 from relora.train.recipe_io import load_recipe
 
-HEAVY = ("torch", "transformers", "datasets", "tokenizers", "numpy", "matplotlib", "rich")
+HEAVY = ("torch", "transformers", "datasets", "tokenizers", "numpy", "matplotlib", "rich", "typeguard")
 
 
 def relora(*words: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,7 @@ def test_train_help_shows_every_field_with_its_help(capsys):
     fields = {f"--{name}.{field}" for name, kind in SECTIONS.items() for field in field_types(kind)}
     assert shown == fields | {"--json", "--overwrite", "--fork"}
     first_words = [after for line, after in pairwise(lines) if line.split()[:1] and line.split()[0] in fields]
-    assert all(word and not word.startswith("--") for word in first_words)
+    assert all(word and not word.startswith(("--", "(default")) for word in first_words)
 
 
 def test_help_shows_the_values_of_the_recipe_before_it(capsys):

@@ -7,7 +7,7 @@ own options, and the help of everything, are tyro's.
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from relora.cli.output import HelpShown
+from relora.cli.section_help import with_sections
 from relora.errors import ConfigError
 from relora.train.checks import UnfitError, field_types, from_words, takes
 from relora.train.config import SECTIONS, Recipe
@@ -31,6 +32,7 @@ RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE"
 FolderPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
 """A positional argument: the folder of a run or a model."""
 
+_HELP = {"-h", "--help"}
 _SETTING = re.compile(r"--([A-Za-z][\w-]*)\.([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 _FRAME = re.compile("\x1b\\[[0-9;]*m|[\u2500-\u257f]")
 
@@ -43,19 +45,23 @@ class VerbArguments:
     """Print the result, or the error, as one JSON object on stdout."""
 
 
-def parse(kind: type[Kind], words: Sequence[str], *, verb: str, default: Kind | None = None) -> Kind:
+def parse(
+    kind: type[Kind], words: Sequence[str], *, verb: str, sections: Mapping[str, object] | None = None
+) -> Kind:
     """Read a verb's own arguments.
 
     Args:
-        kind: Their dataclass; sections of a recipe in it are for the help.
+        kind: Their dataclass.
         words: What followed the verb, without settings of recipe sections.
         verb: For messages.
-        default: What the help shows as default values.
+        sections: Sections of a recipe that the verb takes settings of, by name: for its help.
 
     Raises:
         ConfigError: if the words do not fit; the message is tyro's.
         HelpShown: if they asked for help.
     """
+    if sections and _HELP & set(words):
+        return parse(with_sections(kind, sections), words, verb=verb)
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
@@ -65,9 +71,10 @@ def parse(kind: type[Kind], words: Sequence[str], *, verb: str, default: Kind | 
                 prog=f"relora {verb}",
                 use_underscores=True,
                 config=(tyro.conf.HelptextFromCommentsOff,),
-                default=tyro.MISSING_NONPROP if default is None else default,
             )
     except SystemExit as stop:
+        if stop.code and sections:  # so that the message can name a setting that is alike
+            return parse(with_sections(kind, sections), words, verb=verb)
         if stop.code:
             raise ConfigError(f"{verb}: {_unframed(complaint.getvalue())}") from None
         raise HelpShown from None
@@ -108,7 +115,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], Overrides]:
 def recipe_for_help(words: Sequence[str]) -> Recipe:
     """Return the recipe whose values the help shows as defaults: the one named before --help, if any."""
     named = [word for word in words if not word.startswith("-")]
-    return load_recipe(named[0]) if named and {"-h", "--help"} & set(words) else Recipe()
+    return load_recipe(named[0]) if named and _HELP & set(words) else Recipe()
 
 
 def _values(words: Sequence[str], annotation: object) -> list[str]:

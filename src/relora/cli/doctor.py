@@ -1,14 +1,10 @@
 """`relora doctor [RECIPE]`: find trouble before hour one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
+from dataclasses import dataclass
 
 from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
 from relora.cli.output import print_json, stdout_for_result
-from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe
 
 
@@ -22,16 +18,12 @@ class DoctorArguments(VerbArguments):
 
     recipe: RecipeName = "quickstart"
     """Name of a shipped recipe, a TOML file, or a run's folder."""
-    settings: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
-        default_factory=Recipe
-    )
 
 
 def run(words: Sequence[str]) -> int:
     """Examine, and say what was found."""
     others, overrides = split_settings(words)
-    default = DoctorArguments(settings=recipe_for_help(others))
-    arguments = parse(DoctorArguments, others, verb="doctor", default=default)
+    arguments = parse(DoctorArguments, others, verb="doctor", sections=vars(recipe_for_help(others)))
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
         from relora.train.doctor import as_result, examine

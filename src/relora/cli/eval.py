@@ -1,10 +1,7 @@
 """`relora eval RUN_OR_FOLDER`: how good a model is on text it has not seen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
+from dataclasses import dataclass
 
 from relora.cli.arguments import FolderPath, VerbArguments, parse, split_settings
 from relora.cli.output import print_result, stdout_for_result
@@ -25,13 +22,12 @@ class EvalArguments(VerbArguments):
     """A run's folder, a checkpoint, or a model folder in Hugging Face form."""
     sequences: int | None = None
     """Held-out sequences to measure on; none means eval.sequences of the run, or all of them for a folder."""
-    data: Annotated[DataConfig, tyro.conf.FlagConversionOff] = field(default_factory=DataConfig)
 
 
 def run(words: Sequence[str]) -> int:
     """Evaluate, and say the result."""
     others, overrides = split_settings(words)
-    arguments = parse(EvalArguments, others, verb="eval")
+    arguments = parse(EvalArguments, others, verb="eval", sections={"data": DataConfig()})
     if arguments.sequences is not None and arguments.sequences < 1:
         raise ConfigError(f"eval: sequences must be at least 1, not {arguments.sequences}")
     data = typed_layer(overrides, only="data")

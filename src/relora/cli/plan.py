@@ -3,17 +3,14 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
 from relora.cli.output import print_json, stdout_for_result
 from relora.errors import ConfigError
 from relora.train.checks import unmet
-from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -39,9 +36,6 @@ class PlanArguments(VerbArguments):
     """Entries of the tokenizer, where the recipe names one that is not at hand."""
     svg: Path | None = None
     """File to write a bar chart to."""
-    settings: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
-        default_factory=Recipe
-    )
 
     def violations(self) -> list[str]:
         """Return what is wrong with these arguments, in words."""
@@ -57,9 +51,7 @@ class PlanArguments(VerbArguments):
 def run(words: Sequence[str]) -> int:
     """Plan, and show the table."""
     others, overrides = split_settings(words)
-    arguments = parse(
-        PlanArguments, others, verb="plan", default=PlanArguments(settings=recipe_for_help(others))
-    )
+    arguments = parse(PlanArguments, others, verb="plan", sections=vars(recipe_for_help(others)))
     if violations := arguments.violations():
         raise ConfigError.from_violations("plan", violations)
     memory = None if arguments.memory is None else memory_bytes(arguments.memory)

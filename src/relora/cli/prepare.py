@@ -1,14 +1,10 @@
 """`relora prepare [RECIPE]`: do the part of a run that needs no accelerator."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
+from dataclasses import dataclass
 
 from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
 from relora.cli.output import print_result, stdout_for_result
-from relora.train.config import DataConfig
 from relora.train.recipe_io import load_recipe
 
 
@@ -21,14 +17,13 @@ class PrepareArguments(VerbArguments):
 
     recipe: RecipeName = "quickstart"
     """Name of a shipped recipe, a TOML file, or a run's folder."""
-    data: Annotated[DataConfig, tyro.conf.FlagConversionOff] = field(default_factory=DataConfig)
 
 
 def run(words: Sequence[str]) -> int:
     """Prepare the data, and say what there is."""
     others, overrides = split_settings(words)
-    default = PrepareArguments(data=recipe_for_help(others).data)
-    arguments = parse(PrepareArguments, others, verb="prepare", default=default)
+    sections = {"data": recipe_for_help(others).data}
+    arguments = parse(PrepareArguments, others, verb="prepare", sections=sections)
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
         from relora.train.prepare import prepare_recipe

@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
 from relora.cli.output import is_main_process, print_json, stdout_for_result
-from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe
 
 if TYPE_CHECKING:
@@ -30,17 +29,12 @@ class TrainArguments(VerbArguments):
     """Delete the run of this name, if there is one, and start anew."""
     fork: str | None = None
     """Start a new run of this name from the existing run's newest checkpoint, with the changed recipe."""
-    settings: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
-        default_factory=Recipe
-    )
 
 
 def run(words: Sequence[str]) -> int:
     """Train, and return the exit code."""
     others, overrides = split_settings(words)
-    arguments = parse(
-        TrainArguments, others, verb="train", default=TrainArguments(settings=recipe_for_help(others))
-    )
+    arguments = parse(TrainArguments, others, verb="train", sections=vars(recipe_for_help(others)))
     recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
         from relora.train.fit import fit
