@@ -1,8 +1,9 @@
 """What a study has to run, as a pure function of what has been run: nothing else decides.
 
 Each arm is tuned first, then trained with every seed at what won; an arm that inherits waits for the other's
-winner. Asked again after every finished cell, the answer grows until nothing in it is left to do. So a study
-that was killed, or whose file has got another seed, goes on where it stands.
+winner. Seeds come one after the other, so that a study which was stopped has whole comparisons. Asked again
+after every finished cell, the answer grows until nothing in it is left to do. So a study that was killed, or
+whose file has got another seed, goes on where it stands.
 """
 
 import json
@@ -82,7 +83,8 @@ class Planner:
                     plan.notes.append(f"{arm.name}: every run of its grid failed, so it has no final runs")
                 else:
                     finals += self.finals(arm, budget, won)
-        plan.cells += finals
+        seeds = self._study.seeds
+        plan.cells += sorted(finals, key=lambda cell: seeds.index(cell.seed))
         return plan
 
     def finals(self, arm: Arm, budget: Budget, swept: Settings) -> list[Cell]:
