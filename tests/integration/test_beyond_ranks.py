@@ -1,16 +1,13 @@
 """Data-parallel ranks agree on what they see of the base's gradient, and see what one process would."""
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from loops import Loop, batch, tiny_model
+from ranks import on_two_ranks
 from relora import ReLoRAConfig
 
 CONFIG = ReLoRAConfig(
@@ -54,19 +51,9 @@ def train(config, *, rank=0, world_size=1, dtype=torch.float32, wrap=None):
     return trail, reports, loop.everything()
 
 
-def train_on_a_rank(rank, folder, config, dtype):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def train_on_a_rank(rank, config, dtype):
     torch.manual_seed(rank)
-    result = train(config, rank=rank, world_size=2, dtype=dtype, wrap=DistributedDataParallel)
-    torch.save(result, Path(folder, f"rank{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def on_two_ranks(config, dtype):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train_on_a_rank, (folder, config, dtype), nprocs=2)
-        return [torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1)]
+    return train(config, rank=rank, world_size=2, dtype=dtype, wrap=DistributedDataParallel)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +61,9 @@ def on_two_ranks(config, dtype):
     [("sign", torch.bfloat16, None), ("column", torch.float32, None), ("sign", torch.float32, 1)],
 )
 def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype, at_once):
-    left, right = on_two_ranks(replace(CONFIG, residual=residual, residual_layers=at_once), dtype)
+    left, right = on_two_ranks(
+        train_on_a_rank, replace(CONFIG, residual=residual, residual_layers=at_once), dtype
+    )
     if at_once:
         assert {(report["num_layers"], report["shared_bytes"]) for report, _ in left[1]} == {(1, 77), (1, 99)}
     for ours, theirs in zip(left[0], right[0], strict=True):
@@ -86,7 +75,7 @@ def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype, at_once):
 
 def test_two_ranks_take_the_steps_of_one_process_with_all_micro_batches():
     # fp32; a vote goes another way only where a gradient is 0 to rounding, which would show as 2 * lr.
-    (trail, reports, _), _ = on_two_ranks(CONFIG, torch.float32)
+    (trail, reports, _), _ = on_two_ranks(train_on_a_rank, CONFIG, torch.float32)
     alone, alone_reports, _ = train(CONFIG)
     for ours, theirs in zip(trail, alone, strict=True):
         for name, value in ours.items():

@@ -1,16 +1,13 @@
 """Restarts under torch.compile and under DDP: in place, so nothing is compiled or wrapped again."""
 
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from loops import Loop, batch, tiny_model
+from ranks import on_two_ranks
 from relora import ReLoRAConfig
 
 CONFIG = ReLoRAConfig(rank=3, restart_every=3, reset="random", reset_ratio=0.5)
@@ -40,10 +37,8 @@ def test_a_compiled_model_is_not_compiled_again_and_its_outputs_follow_the_merge
     assert len(compilations) == compiled_once
 
 
-def train_on_a_rank(rank, folder, dtype, settings):
-    """Train on this rank's own half of every batch, restarting on the calendar; save what came of it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def train_on_a_rank(rank, dtype, settings):
+    """Train on this rank's own half of every batch, restarting on the calendar; return what came of it."""
     torch.manual_seed(rank)
     config = dataclasses.replace(CONFIG, **settings)
     loop = Loop(config, tiny_model(dtype), wrap=DistributedDataParallel)
@@ -59,8 +54,7 @@ def train_on_a_rank(rank, folder, dtype, settings):
         loop.run(step, step)
         trail.append({name: p.detach().clone() for name, p in loop.model.named_parameters()})
     assert loop.called is wrapper
-    torch.save((trail, loop.everything(), whole_loss(0).item()), Path(folder, f"rank{rank}.pt"))
-    dist.destroy_process_group()
+    return trail, loop.everything(), whole_loss(0).item()
 
 
 @pytest.mark.parametrize(
@@ -73,10 +67,8 @@ def train_on_a_rank(rank, folder, dtype, settings):
     ],
 )
 def test_two_ddp_ranks_keep_bit_equal_weights_through_restarts(dtype, settings):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train_on_a_rank, (folder, dtype, settings), nprocs=2)
-        ranks = [torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1)]
-    (trail, everything, loss), (other_trail, other_everything, other_loss) = ranks
+    first, second = on_two_ranks(train_on_a_rank, dtype, settings)
+    (trail, everything, loss), (other_trail, other_everything, other_loss) = first, second
     for ours, theirs in zip(trail, other_trail, strict=True):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert {name for name in everything if not same(everything[name], other_everything[name])} == set()

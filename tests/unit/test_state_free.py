@@ -1,19 +1,16 @@
 """A phase at full rank without optimizer state: the right step, nothing kept, ranks alike."""
 
 import copy
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import relora.lab.methods  # noqa: F401 - their names
 from loops import batch, tiny_model
 from method_samples import LAYER_KINDS, as_rows
+from ranks import on_two_ranks
 from reference.beyond import majority, unit_columns
 from relora import ConfigError
 from relora.method.state_free import StateFree
@@ -129,14 +126,7 @@ def test_recipes_it_does_not_fit_are_refused(tmp_path, changes, complaint):
         tiny_recipe(tmp_path, **{**changes, "relora": relora})
 
 
-def trained_on_a_rank(rank, folder, kind):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save(trained(kind, rank, 2), Path(folder, f"rank{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def trained(kind, rank=0, world_size=1):
+def trained(rank, kind, world_size=2):
     model = tiny_model(torch.float64)
     start = StateFree(model, {"up": model.up, "down": model.down}, kind=kind)
     called = nn.parallel.DistributedDataParallel(model) if world_size == 2 else model
@@ -155,10 +145,8 @@ def trained(kind, rank=0, world_size=1):
 
 @pytest.mark.parametrize("kind", ["sign", "column"])
 def test_two_ranks_are_one_process_with_both_micro_batches(kind):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(trained_on_a_rank, (folder, kind), nprocs=2)
-        left, right = (torch.load(Path(folder, f"rank{rank}.pt")) for rank in (0, 1))
-    alone = trained(kind)
+    left, right = on_two_ranks(trained, kind)
+    alone = trained(0, kind, world_size=1)
     for name, value in left.items():
         assert torch.equal(value, right[name])
         # DDP means gradients, which halve what one process sums: signs and columns do not feel it.
