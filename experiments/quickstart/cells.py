@@ -126,6 +126,7 @@ REST = 32.0
 CELLS = [
     *(full(lr, stage="full") for lr in (2e-3, 4e-3, 8e-3)),
     *(full(PEAK, rest=rest, stage="full") for rest in (2, 4, 8, 16, 32)),
+    *(full(PEAK * times, rest=REST / times, stage="full") for times in (0.5, 2)),
     *(full(PEAK, rest=REST, stage="full", seed=seed) for seed in (1, 2)),
     *(arm(PEAK, times, rest=REST, stage="factors") for times in (1, 2, 4) for arm in (lora, both)),
     *(arm(PEAK, times, rest=REST, stage="factors") for times in (0.5, 1, 2) for arm in (signed, one_sided)),
