@@ -256,6 +256,12 @@ def test_switched_vectors_are_counted(train):
         ("galore", {"method": {"refresh_every": 0, "scale": 0.0}}, r"has 2 problems"),
         ("switchlora", {"relora": {"factors": "B"}}, r'relora\.factors must be "both"'),
         ("relora-as-published", {"relora": {"reset_step_count": True}}, r"decided by the defect"),
+        (
+            "relora-online",
+            {"relora": {"factors": "B", "residual": "sign", "init": "gradient", "reset": "transport"}},
+            r"has 3 problems(?s:.*)residual must not be 'sign'(?s:.*)init must not(?s:.*)reset must not",
+        ),
+        ("switchlora", {"relora": {"base_weight_decay": 0.1}}, r"base_weight_decay must not be 0\.1"),
         ("relora-as-published", {"method": {"defects": ["late"]}}, r'one of "dead_first_cycle"'),
     ],
 )

@@ -115,7 +115,7 @@ def test_what_cannot_work_is_refused_in_words():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"run": {"method": "galore"}}, r'warm_start_kind must be "adamw" with run\.method \'galore\''),
+        ({"run": {"method": "galore"}}, r"warm_start_kind must not be 'sign' with run\.method 'galore'"),
         ({"train": {"compile": True}}, r"train\.compile must be false with relora\.warm_start_kind"),
         ({"relora": {"warm_start_scale": 0.0}}, r"warm_start_scale must be above 0"),
     ],

@@ -53,7 +53,7 @@ _CODECS: dict[str, BaseCodec] = {"int8": Int8()}
 
 
 def register_base_codec(name: str, codec: BaseCodec) -> None:
-    """Make `ReLoRAConfig(base_dtype=name)` work; a later codec of the same name replaces the earlier."""
+    """Give a `base_dtype` its codec; a later codec of the same name replaces the earlier."""
     _CODECS[name] = codec
 
 

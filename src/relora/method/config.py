@@ -122,8 +122,8 @@ class ReLoRAConfig:
     def beyond(cls, *, rank: int, **changes: Any) -> Self:
         """Return this project's recipe beyond the paper's: cold, one-sided, with a step on the complement.
 
-        lora_B alone trains, at full rank's learning rate; nothing is reset, no ramp follows a restart, and
-        what lora_A cannot see moves by its sign. Provisional: no study with seeds has chosen it yet
+        lora_B alone trains, at half to all of full rank's learning rate; nothing is reset, no ramp follows a
+        restart, and what lora_A cannot see moves by its sign. Provisional: no study with seeds has chosen it yet
         (docs/beyond.md, experiments/beyond-parts).
 
         Args:

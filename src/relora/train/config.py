@@ -180,19 +180,31 @@ class Recipe:
 
     def _variant_violations(self) -> list[str]:
         """Compare what varies the trainer's own low-rank methods with the method."""
-        method, kind, optimizer = self.run.method, self.relora.warm_start_kind, self.optim.factor_optimizer
-        is_observed = self.spec.has_switch and kind != "adamw" and self.relora.warm_start_steps > 0
+        if self.spec.takes_variants:
+            return []
+        method, relora = self.run.method, self.relora
+        found: dict[str, object] = {}
         # Without effect, like the rest of [relora], where there are no factors or no switch.
-        return unmet(
-            (
-                optimizer == "adamw" or not self.spec.injects or self.spec.takes_variants,
-                f'optim.factor_optimizer must be "adamw" with run.method {method!r}, not {optimizer!r}',
-            ),
-            (
-                not is_observed or self.spec.takes_variants,
-                f'relora.warm_start_kind must be "adamw" with run.method {method!r}, not {kind!r}',
-            ),
-        )
+        if self.spec.has_switch and relora.warm_start_kind != "adamw" and relora.warm_start_steps > 0:
+            found["relora.warm_start_kind"] = relora.warm_start_kind
+        if self.spec.injects:
+            found |= {f"relora.{name}": value for name, value in self._of_our_restarts.items()}
+            if self.optim.factor_optimizer != "adamw":
+                found["optim.factor_optimizer"] = self.optim.factor_optimizer
+        return [
+            f"{name} must not be {value!r} with run.method {method!r}: only the trainer's own methods know it"
+            for name, value in found.items()
+        ]
+
+    @property
+    def _of_our_restarts(self) -> dict[str, object]:
+        """[relora] settings in force that need the trainer's own restarts."""
+        default = ReLoRASection()
+        always = ("residual", "carry_base_error", "base_weight_decay")
+        found = {name: getattr(self.relora, name) for name in always}
+        found = {name: value for name, value in found.items() if value != getattr(default, name)}
+        names = {"init": "gradient", "reset": "transport"}
+        return found | {name: value for name, value in names.items() if getattr(self.relora, name) == value}
 
     @property
     def idle_settings(self) -> list[str]:

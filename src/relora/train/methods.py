@@ -48,7 +48,8 @@ class MethodSpec:
     restarts: bool = False
     """Whether relora.restart_every divides its second phase, and the learning rate with it."""
     takes_variants: bool = False
-    """Whether optim.factor_optimizer and relora.warm_start_kind may be others than "adamw"."""
+    """Whether its factors and restarts are the trainer's own, which know Muon, a state-free warm start, and
+    what needs the base's gradient."""
     warm_start: str = "adamw"
     """What the warm start trains by: runs that differ only after the switch may share theirs."""
 

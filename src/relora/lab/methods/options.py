@@ -157,7 +157,6 @@ class AsPublishedOptions(MethodOptions):
         return unmet(
             (relora.factors == "both", f'relora.factors must be "both", not {relora.factors!r}'),
             (relora.scaling_rule != "learned", 'relora.scaling_rule must not be "learned"'),
-            (relora.base_weight_decay == 0, "relora.base_weight_decay must be 0"),
             (
                 relora.reset != "none",
                 'relora.reset must not be "none": a reset without its defects needs a method',
