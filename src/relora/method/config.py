@@ -123,8 +123,8 @@ class ReLoRAConfig:
         """Return this project's recipe beyond the paper's: cold, one-sided, with a step on the complement.
 
         lora_B alone trains, at half to all of full rank's learning rate; nothing is reset, no ramp follows a
-        restart, and what lora_A cannot see moves by its sign. Provisional: no study with seeds has chosen it yet
-        (docs/beyond.md, experiments/beyond-parts).
+        restart, and what lora_A cannot see moves by its sign. Provisional: no study with seeds has chosen it
+        yet (docs/beyond.md, experiments/beyond-parts).
 
         Args:
             rank: A quarter of the model's width, to begin with.
