@@ -154,6 +154,30 @@ def test_evaluated_run_and_its_export_agree_with_the_summary(finished: Path, tmp
     assert of_export["eval/loss"] == pytest.approx(summary["eval/loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [({"heldout_fraction": 0.5}, "heldout_fraction"), ({"document": "line"}, "document")],
+)
+def test_training_text_is_not_measured_as_held_out(finished: Path, data: dict, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{field} must be the run's own, .* training text"):
+        evaluate_path(finished, data=data)
+    assert evaluate_path(finished, data={"heldout_fraction": 0.1}, sequences=2)["tokens_measured"] > 0
+
+
+def test_a_run_is_measured_on_text_of_another_source(finished: Path) -> None:
+    result = evaluate_path(finished, data={"source": "python-stdlib", "max_documents": 40}, sequences=4)
+    assert result["tokens_measured"] == 60
+
+
+def test_memory_that_runs_out_at_the_switch_is_said_in_words(tmp_path: Path, monkeypatch) -> None:
+    def no_room(state: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("relora.train.trainer.at_low_rank", no_room)
+    with pytest.raises(ConfigError, match=r"the switch to low rank: the memory .* 2\.00 GiB failed"):
+        fit(tiny_recipe(tmp_path))
+
+
 def test_generation_is_a_function_of_its_seed(finished: Path) -> None:
     texts = [generate_from(finished, prompt="def", max_new_tokens=12, seed=seed) for seed in (1, 1, 2)]
     assert texts[0].startswith("def") and texts[0] == texts[1] != texts[2]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from relora.errors import ConfigError
 from relora.train.export import export_run
 from relora.train.fit import fit
 from relora.train.inspect import inspect_run
@@ -25,6 +26,21 @@ def test_card_of_an_earlier_checkpoint_does_not_claim_the_figures_of_the_end(
     assert "held-out" not in card.partition("## Recipe")[0]
     card = (export_run(home / "runs" / "tiny", tmp_path / "last") / "README.md").read_text()
     assert "| steps | 12 |" in card and "held-out perplexity" in card
+
+
+def test_one_checkpoint_has_no_other_step_to_export(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"step-00000006 is one checkpoint: leave the step out"):
+        export_run(home / "runs" / "tiny" / "checkpoints" / "step-00000006", tmp_path / "no", step=8)
+    assert not (tmp_path / "no").exists()
+
+
+def test_damaged_checkpoint_of_the_switch_costs_the_ranks_and_not_the_summary(tmp_path: Path) -> None:
+    run = fit(tiny_recipe(tmp_path)).folder
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"the rank of what was learned is not in the summary: .*00000004"):
+        summary = fit(tiny_recipe(tmp_path)).summary
+    assert summary["ranks"] is None and summary["steps"] == 12 and summary["precision"] == "fp32"
 
 
 def test_damaged_summary_is_written_anew_from_the_last_checkpoint(home: Path, tmp_path: Path) -> None:

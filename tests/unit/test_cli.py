@@ -74,6 +74,11 @@ def test_help_shows_the_values_of_the_recipe_before_it(capsys):
     assert "(default: llama-350m)" in capsys.readouterr().out
 
 
+def test_help_takes_no_options_value_for_a_recipe(capsys):
+    assert main(["plan", "--memory", "24GiB", "--help"]) == 0
+    assert "--relora.rank" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_json(verb, capsys):
     assert main([verb, "--help"]) == 0
@@ -117,6 +122,7 @@ def test_reader_that_stops_reading_gets_no_traceback():
         (["--train.compile", "False"], {"train": {"compile": False}}),
         (["--train.compile"], {"train": {"compile": True}}),
         (["--train.tokens", "none"], {"train": {"tokens": None}}),
+        (["--data.path", "None"], {"data": {"path": None}}),
         (["--optim.lr", "-1e-3"], {"optim": {"lr": -1e-3}}),
         (["--optim.betas", "0.9", "0.95"], {"optim": {"betas": (0.9, 0.95)}}),
         (["--log.sinks", "jsonl", "wandb"], {"log": {"sinks": ("jsonl", "wandb")}}),

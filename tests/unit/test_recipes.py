@@ -262,7 +262,24 @@ def test_everything_wrong_is_said_at_once():
 def test_sections_and_their_relations_are_complained_about_together():
     message = complaint({"optim": {"lr": 0.0}, "train": {"steps": 700}, "relora": {"restart_every": 800}})
     assert "optim.lr must be above 0" in message
-    assert "relora.restart_every must be at most the 700 steps of the low-rank phase, not 800" in message
+    assert "relora.restart_every must be less than the 700 steps of the low-rank phase, not 800" in message
+
+
+def test_a_cycle_as_long_as_the_phase_is_refused_since_nothing_would_restart():
+    message = complaint({"train": {"steps": 700}, "relora": {"restart_every": 700}})
+    assert "relora.restart_every must be less than the 700 steps of the low-rank phase, not 700" in message
+
+
+def test_a_runs_folder_is_that_run_from_wherever_it_is_named(tmp_path, monkeypatch):
+    began = load_recipe("quickstart", {"run": {"out": "runs", "name": "mine"}})
+    run = tmp_path / "home" / "runs" / "moved"
+    run.mkdir(parents=True)
+    write_recipe(began, run / "recipe.toml")
+    assert load_recipe(run) == load_recipe(str(run))
+    assert load_recipe(run).run.folder == run
+    monkeypatch.chdir(run)
+    assert load_recipe(".").run.folder == run
+    assert load_recipe(run, {"run": {"out": "elsewhere"}}).run.folder == Path("elsewhere", "moved")
 
 
 def test_recipe_built_by_hand_checks_types_too():

@@ -25,6 +25,7 @@ from relora.train.recipe_io import load_recipe
 
 Overrides = dict[str, dict[str, object]]
 Kind = TypeVar("Kind", bound="VerbArguments")
+RecipeKind = TypeVar("RecipeKind", bound="RecipeArguments")
 
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
 """A positional argument: the name of a shipped recipe, a file, or a run's folder."""
@@ -43,6 +44,14 @@ class VerbArguments:
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result, or the error, as one JSON object on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeArguments(VerbArguments):
+    """What every verb takes that is given a recipe."""
+
+    recipe: RecipeName = "quickstart"
+    """Name of a shipped recipe, a TOML file, or a run's folder."""
 
 
 def parse(
@@ -112,10 +121,34 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], Overrides]:
     return others, overrides
 
 
-def recipe_for_help(words: Sequence[str]) -> Recipe:
+def parse_with_recipe(
+    kind: type[RecipeKind], words: Sequence[str], *, verb: str, only: Sequence[str] = tuple(SECTIONS)
+) -> tuple[RecipeKind, Recipe]:
+    """Read a verb's own arguments, and the recipe they name with the settings among the words laid over it.
+
+    Args:
+        kind: Dataclass of the arguments.
+        words: What followed the verb.
+        verb: For messages.
+        only: Sections that the help shows.
+
+    Raises:
+        ConfigError: as `parse`, `split_settings` and `load_recipe`.
+        HelpShown: if they asked for help.
+    """
+    others, overrides = split_settings(words)
+    shown = vars(_recipe_for_help(kind, others))
+    arguments = parse(kind, others, verb=verb, sections={name: shown[name] for name in only})
+    return arguments, load_recipe(arguments.recipe, overrides)
+
+
+def _recipe_for_help(kind: type[RecipeKind], words: Sequence[str]) -> Recipe:
     """Return the recipe whose values the help shows as defaults: the one named before --help, if any."""
-    named = [word for word in words if not word.startswith("-")]
-    return load_recipe(named[0]) if named and _HELP & set(words) else Recipe()
+    others = [word for word in words if word not in _HELP]
+    if not _HELP & set(words) or not others:
+        return Recipe()
+    named = parse(kind, others, verb="help").recipe
+    return load_recipe(named) if named in others else Recipe()
 
 
 def _values(words: Sequence[str], annotation: object) -> list[str]:

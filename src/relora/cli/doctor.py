@@ -3,28 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
+from relora.cli.arguments import RecipeArguments, parse_with_recipe
 from relora.cli.output import print_json, stdout_for_result
-from relora.train.recipe_io import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorArguments(VerbArguments):
+class DoctorArguments(RecipeArguments):
     """Check versions, devices, precision, determinism and disk, and take one step of a recipe.
 
     The exit code is 0 if nothing is broken; otherwise that of the first thing that is (2 configuration, 3
     data, 4 disk, 5 not finite, 1 anything else). Warnings do not count. Only prepared data is kept.
     """
 
-    recipe: RecipeName = "quickstart"
-    """Name of a shipped recipe, a TOML file, or a run's folder."""
-
 
 def run(words: Sequence[str]) -> int:
     """Examine, and say what was found."""
-    others, overrides = split_settings(words)
-    arguments = parse(DoctorArguments, others, verb="doctor", sections=vars(recipe_for_help(others)))
-    recipe = load_recipe(arguments.recipe, overrides)
+    arguments, recipe = parse_with_recipe(DoctorArguments, words, verb="doctor")
     with stdout_for_result(only_json=arguments.json):
         from relora.train.doctor import as_result, examine
 

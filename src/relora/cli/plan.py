@@ -7,25 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
+from relora.cli.arguments import RecipeArguments, parse_with_recipe
 from relora.cli.output import print_json, stdout_for_result
 from relora.errors import ConfigError
 from relora.train.checks import unmet
-from relora.train.recipe_io import load_recipe
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanArguments(VerbArguments):
+class PlanArguments(RecipeArguments):
     """Foretell a recipe's memory by kind, FLOPs and length, for every method side by side.
 
     Nothing is allocated, trained or written. The real model and the real training step run on tensors that
     have shapes alone, so the figures are those of the code as it is.
     """
 
-    recipe: RecipeName = "quickstart"
-    """Name of a shipped recipe, a TOML file, or a run's folder."""
     memory: str | None = None
     """Memory of one device, as 24GiB or 80GB: says what fits, and which settings would make the rest fit."""
     devices: int = 1
@@ -50,12 +47,10 @@ class PlanArguments(VerbArguments):
 
 def run(words: Sequence[str]) -> int:
     """Plan, and show the table."""
-    others, overrides = split_settings(words)
-    arguments = parse(PlanArguments, others, verb="plan", sections=vars(recipe_for_help(others)))
+    arguments, recipe = parse_with_recipe(PlanArguments, words, verb="plan")
     if violations := arguments.violations():
         raise ConfigError.from_violations("plan", violations)
     memory = None if arguments.memory is None else memory_bytes(arguments.memory)
-    recipe = load_recipe(arguments.recipe, overrides)
     with stdout_for_result(only_json=arguments.json):
         from rich.console import Console
 

@@ -7,24 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from relora.cli.arguments import RecipeName, VerbArguments, parse, recipe_for_help, split_settings
+from relora.cli.arguments import RecipeArguments, parse_with_recipe
 from relora.cli.output import is_main_process, print_json, stdout_for_result
-from relora.train.recipe_io import load_recipe
 
 if TYPE_CHECKING:
     from relora.train.result import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments(VerbArguments):
+class TrainArguments(RecipeArguments):
     """Train a model by a recipe: defaults < RECIPE < --section.field value.
 
     The same command again resumes the run. The defaults shown are those of the recipe named before --help, or
     else those a recipe starts from.
     """
 
-    recipe: RecipeName = "quickstart"
-    """Name of a shipped recipe, a TOML file, or a run's folder."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete the run of this name, if there is one, and start anew."""
     fork: str | None = None
@@ -33,9 +30,7 @@ class TrainArguments(VerbArguments):
 
 def run(words: Sequence[str]) -> int:
     """Train, and return the exit code."""
-    others, overrides = split_settings(words)
-    arguments = parse(TrainArguments, others, verb="train", sections=vars(recipe_for_help(others)))
-    recipe = load_recipe(arguments.recipe, overrides)
+    arguments, recipe = parse_with_recipe(TrainArguments, words, verb="train")
     with stdout_for_result(only_json=arguments.json):
         from relora.train.fit import fit
 

@@ -71,7 +71,10 @@ def from_words(annotation: Any, words: Sequence[str]) -> Any:
     Raises:
         UnfitError: as `fitted`.
     """
-    for option in options(annotation):
+    kinds = options(annotation)
+    if NoneType in kinds and [word.lower() for word in words] == ["none"]:  # else it would be a text's "none"
+        return None
+    for option in kinds:
         try:
             return fitted(option, _literal(option, words))
         except UnfitError:
@@ -175,8 +178,6 @@ def _literal(option: Any, words: Sequence[str]) -> object:
     word = words[0]
     if option is bool:
         return TRUTHS.get(word.lower(), word)
-    if option is NoneType:
-        return None if word.lower() == "none" else word
     if option in (int, float):
         return _number(option, word)
     if get_origin(option) is Literal:

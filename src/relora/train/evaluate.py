@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +13,12 @@ from torch import nn
 from relora.data.batches import heldout_batches
 from relora.data.config import DataConfig
 from relora.data.prepare import PreparedData, prepare
+from relora.errors import ConfigError
 from relora.train.loss import TokenLoss
 from relora.train.model import check_fits
 from relora.train.parallel import Processes, processes
 from relora.train.precision import Resolved, autocast
+from relora.train.recipe_io import changed_data
 from relora.train.saved import load_saved
 
 
@@ -90,6 +92,27 @@ def evaluate(
     return Evaluation(loss=total / count, num_tokens=int(count), bytes_per_token=bytes_per_token)
 
 
+def _refuse_training_text(trained: DataConfig, measured: DataConfig) -> None:
+    """Refuse to call held out what a run has been trained on.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    text = ("source", "path", "name", "split")
+    if any(getattr(trained, field) != getattr(measured, field) for field in text):
+        return
+    aside = trained.heldout_fraction + trained.tuning_fraction
+    wrong = [
+        field for field in ("document", "text_field") if getattr(trained, field) != getattr(measured, field)
+    ]
+    wrong += ["heldout_fraction"] if measured.heldout_fraction > aside else []
+    if wrong:
+        raise ConfigError(
+            f"data.{wrong[0]} must be the run's own, {getattr(trained, wrong[0])!r}, on the text that it was "
+            f"trained on: with {getattr(measured, wrong[0])!r} its training text would count as held out"
+        )
+
+
 def evaluate_path(
     path: Path, *, data: Mapping[str, Any] | None = None, sequences: int | None = None
 ) -> dict[str, Any]:
@@ -107,7 +130,9 @@ def evaluate_path(
     saved = load_saved(path)
     base = DataConfig() if saved.recipe is None else saved.recipe.data
     # The model's own tokenizer, never a newly trained one: its embeddings know no other.
-    config = replace(base, **{"tokenizer": str(saved.tokenizer_folder), **(data or {})})
+    config = changed_data(base, {"tokenizer": str(saved.tokenizer_folder), **(data or {})})
+    if saved.recipe is not None:
+        _refuse_training_text(base, config)
     prepared = prepare(config)
     check_fits(saved.model, prepared, seq_len=config.seq_len, name=str(path))
     if sequences is None:

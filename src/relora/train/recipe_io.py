@@ -12,6 +12,7 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import relora
 from relora.errors import ConfigError
 from relora.train.architecture import ARCHITECTURE_FIELDS
 from relora.train.checks import UnfitError, field_types, fitted, section_violations
-from relora.train.config import SECTIONS, Recipe, RunConfig
+from relora.train.config import SECTIONS, DataConfig, Recipe, RunConfig
 from relora.train.methods import MethodOptions, options_type
 
 Layer = Mapping[str, Mapping[str, object]]
@@ -91,7 +92,7 @@ def load_recipe(recipe: str | Path, overrides: Layer | None = None) -> Recipe:
     """Read a recipe and lay overrides over it.
 
     Args:
-        recipe: As for `find_recipe`.
+        recipe: As for `find_recipe`; of a run's folder, the run is the one there, wherever it was begun.
         overrides: Fields to set otherwise, by section.
 
     Raises:
@@ -100,7 +101,10 @@ def load_recipe(recipe: str | Path, overrides: Layer | None = None) -> Recipe:
     path = find_recipe(recipe)
     layer = read_recipe(path)
     run = layer.get("run", {})
-    if isinstance(run, dict) and "name" not in run and path.name != "recipe.toml":
+    if isinstance(run, dict) and path.parent == Path(recipe):
+        folder = path.parent if path.parent.name.strip(".") else path.parent.resolve()
+        layer["run"] = run | {"out": str(folder.parent), "name": folder.name}
+    elif isinstance(run, dict) and "name" not in run and path.name != "recipe.toml":
         layer["run"] = {"name": path.stem} | run
     return resolve(layer, overrides or {}, subject=f"recipe {path}")
 
@@ -136,6 +140,12 @@ def resolve(*layers: Layer, subject: str = "recipe") -> Recipe:
         return Recipe(**sections)
     except ConfigError as error:
         raise ConfigError(f"{subject}{str(error).removeprefix('recipe')}") from None
+
+
+def changed_data(base: DataConfig, changes: Mapping[str, Any]) -> DataConfig:
+    """Return a [data] section with fields set otherwise, and without those that they replace."""
+    taken = {field: None for _, field in _taken_back({"data": dict(changes)}, {"data": vars(base)})}
+    return replace(base, **(taken | dict(changes)))
 
 
 def typed_layer(layer: Layer, *, only: str) -> dict[str, Any]:

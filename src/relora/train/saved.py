@@ -42,7 +42,7 @@ def load_saved(path: Path, *, step: int | None = None) -> SavedModel:
         step: Which checkpoint of a run.
 
     Raises:
-        ConfigError: if `path` is none of these.
+        ConfigError: if `path` is none of these, or a step is asked of a checkpoint.
         CheckpointError: if the run has no (such) valid checkpoint.
     """
     if not path.is_dir():
@@ -50,6 +50,8 @@ def load_saved(path: Path, *, step: int | None = None) -> SavedModel:
     if (path / RECIPE).is_file():
         return _from_run(path, _checkpoint_of(path, step))
     if path.parent.name == CHECKPOINTS and (path.parent.parent / RECIPE).is_file():
+        if step is not None:
+            raise ConfigError(f"{path} is one checkpoint: leave the step out, or give {path.parent.parent}")
         return _from_run(path.parent.parent, load_checkpoint(path))
     if (path / "config.json").is_file():
         return _from_folder(path)

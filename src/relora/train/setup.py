@@ -46,7 +46,8 @@ def state_to_begin_with(
         CheckpointError: if the checkpoint is not this run's, or does not fit it.
     """
     recipe = opened.recipe
-    precision, why = resolve_precision(recipe.train.precision, here.device)
+    # Measured once: ranks that raced by themselves could come to different ends.
+    precision, why = here.from_main(lambda: resolve_precision(recipe.train.precision, here.device))
     method = load_method(recipe.run.method)(plan)
     if opened.resume_from is None:
         seed_rng_(recipe.run.seed)  # so that what is saved of the streams is the run's, not the process's

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import sys
+import warnings
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from relora.checkpoint.store import load_checkpoint
+from relora.errors import CheckpointError
 from relora.log.files import replacing
 from relora.method.linear import LoRALinear
 from relora.method.spectrum import function_weights, spectra
@@ -21,6 +23,7 @@ from relora.train.generate import generate
 from relora.train.model import num_positions
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters, state_bytes
+from relora.train.precision import Resolved
 from relora.train.run_folder import SUMMARY, OpenedRun
 from relora.train.saved import TOKENIZER
 from relora.train.state import RunState, versions
@@ -30,7 +33,9 @@ _SAMPLE_TOKENS = 96
 _SPECTRUM_BUDGET = 3e11
 
 
-def summarise(opened: OpenedRun, state: RunState, plan: Plan, here: Processes) -> dict[str, Any]:
+def summarise(
+    opened: OpenedRun, state: RunState, plan: Plan, here: Processes, *, precision: Resolved
+) -> dict[str, Any]:
     """Measure a finished run and write its summary.json."""
     recipe, progress = opened.recipe, state.progress
     summary = {
@@ -49,6 +54,7 @@ def summarise(opened: OpenedRun, state: RunState, plan: Plan, here: Processes) -
         "restarts": progress.restarts,
         "world_size": here.world_size,
         "strategy": here.strategy,
+        "precision": precision,
         "versions": versions(),
         "switch": progress.switch,
         "method_facts": state.method.facts(),
@@ -90,7 +96,11 @@ def _ranks(opened: OpenedRun, state: RunState, plan: Plan) -> dict[str, float] |
 def _weights_at_switch(checkpoint: Path, layers: dict[str, LoRALinear]) -> dict[str, Tensor] | None:
     if not checkpoint.is_dir():
         return None
-    saved = load_checkpoint(checkpoint).tensors["model"]
+    try:
+        saved = load_checkpoint(checkpoint).tensors["model"]
+    except CheckpointError as error:  # the run itself is whole: it must not lose its summary
+        warnings.warn(f"the rank of what was learned is not in the summary: {error}", stacklevel=2)
+        return None
     weights = {name: saved[f"{name}.weight"] for name in layers}
     return {name: w.T if layers[name].is_transposed else w for name, w in weights.items()}
 

@@ -45,7 +45,8 @@ class Trainer:
         self.reporter = Reporter(opened, self.plan, self.state, here)
         self.reporter.begin(data, f"{self.precision} on {here.device} ({why})")
         if self.plan.switch_step != self.state.progress.step:  # else the switch is next, and wraps
-            self._wrap()
+            with memory_errors(recipe, self.state, "the model"):
+                self._wrap()
             self._say_obstacle()
         self.saver = Saver(opened, self.plan, here, self.reporter, precision=self.precision)
         if left_out is not None:
@@ -67,7 +68,8 @@ class Trainer:
                 self._begin()
             for step in range(progress.step + 1, self.recipe.total_steps + 1):
                 if plan.switch_step == step - 1:
-                    self._switch()
+                    with memory_errors(self.recipe, self.state, "the switch to low rank"):
+                        self._switch()
                 with memory_errors(self.recipe, self.state, f"step {step}"):
                     flags = self._step(step)
                 progress.wall_s = before_s + time.perf_counter() - begun
@@ -207,6 +209,6 @@ class Trainer:
     def _finish(self) -> TrainResult:
         summary: dict[str, Any] = {}
         if self.here.is_main:
-            summary = summarise(self.opened, self.state, self.plan, self.here)
+            summary = summarise(self.opened, self.state, self.plan, self.here, precision=self.precision)
         self.here.barrier()
         return TrainResult(folder=self.opened.folder, summary=summary, exit_code=0)
