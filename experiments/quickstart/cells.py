@@ -139,5 +139,6 @@ CELLS = [
     *(both(PEAK, 2, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(one_sided(PEAK, 2, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(arm(PEAK, 2, scale=scale, rest=REST, stage="scale") for scale in (0.5, 2, 4) for arm in (lora, both)),
+    both(PEAK, 2, scale=8, rest=REST, stage="scale"),
     *(signed(PEAK, 1, rest=rest, stage="rest") for rest in (16, 64)),
 ]
