@@ -12,6 +12,7 @@ from relora.lab.cell_files import CellFiles
 from relora.lab.choice import Tried, beyond, choose
 from relora.lab.gather import thinned
 from relora.lab.plan import Outcome, Planner, predicted
+from relora.lab.processes import start
 from relora.lab.results import arm_results
 from relora.lab.statistics import paired_difference, spread, t_quantile
 from relora.lab.study import Budget
@@ -413,12 +414,15 @@ def test_thinned_curves_keep_their_end_and_their_mean():
 # Cells that ended without finishing
 
 
-def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_again(tmp_path):
+def files_of_a_cell(out: Path) -> CellFiles:
     study = study_of(SMALL)
-    cell = study.cell(
-        study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=tmp_path
+    return CellFiles(
+        study.cell(study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=out)
     )
-    files = CellFiles(cell)
+
+
+def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_again(tmp_path):
+    files = files_of_a_cell(tmp_path)
     files.beside(".log").write_text("step 3\nrelora: step 4: loss nan; no weight was changed\nlast words\n")
     assert files.outcome() is None
     failed = files.note_end(3)
@@ -429,11 +433,16 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_
 
 
 def test_a_summary_whose_loss_is_not_finite_counts_as_diverged(tmp_path):
-    study = study_of(SMALL)
-    cell = study.cell(
-        study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=tmp_path
-    )
-    files = CellFiles(cell)
+    files = files_of_a_cell(tmp_path)
     files.run.mkdir()
     (files.run / "summary.json").write_text('{"eval/loss": NaN}')
     assert files.outcome().failure.startswith("diverged")
+
+
+def test_a_cell_that_another_study_finished_before_the_lock_was_ours_is_not_started_again(tmp_path):
+    files = files_of_a_cell(tmp_path)
+    files.run.mkdir()
+    (files.run / "summary.json").write_text('{"eval/loss": 2.5}')
+    running = start(files.cell, threads=1, environment={}, donors=[])
+    assert not running.is_ours and not files.beside(".log").exists()
+    assert running.poll() == Outcome(loss=2.5)

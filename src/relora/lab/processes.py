@@ -95,7 +95,7 @@ class ForeignCell:
 def start(
     cell: Cell, *, threads: int, environment: Mapping[str, str], donors: Iterable[CellFiles]
 ) -> RunningCell:
-    """Train a cell, or watch the process that already does.
+    """Train a cell, or watch the process that already does; one that has ended meanwhile is not run again.
 
     Args:
         cell: To train.
@@ -106,6 +106,9 @@ def start(
     files = CellFiles(cell)
     lock = try_lock(files.beside(".lock"))
     if lock is None:
+        return ForeignCell(files)
+    if files.outcome() is not None:  # another study ended it between our last look and the lock
+        os.close(lock)
         return ForeignCell(files)
     files.share_warm_start(donors)
     return TrainingProcess(files, lock=lock, threads=threads, environment=environment)
