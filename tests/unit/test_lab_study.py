@@ -1,6 +1,7 @@
 """Studies as values: reading them strictly, what they come to, what wins, and the statistics of a table."""
 
 import math
+import os
 import statistics
 import tomllib
 from pathlib import Path
@@ -430,6 +431,33 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_
     assert files.outcome() is None
     diverged = files.note_end(5)
     assert diverged.is_final and diverged.loss == math.inf and files.outcome() == diverged
+
+
+def test_a_failure_is_told_in_the_tracebacks_last_line_and_not_in_a_warning(tmp_path):
+    files = files_of_a_cell(tmp_path)
+    said = "relora: warning: slow\nTraceback (most recent call last):\n  here\nOSError: disk gone\n"
+    files.beside(".log").write_text(said)
+    assert files.note_end(1).failure == "exit code 1: OSError: disk gone"
+    files.beside(".log").write_text("relora: warning: the cache is slow\n")
+    assert files.note_end(1).failure == "exit code 1: nothing was said"
+
+
+@pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-11, "SIGSEGV"), (-40, "signal 40")])
+def test_a_cell_that_a_signal_ended_names_it(tmp_path, code, name):
+    files = files_of_a_cell(tmp_path)
+    files.beside(".log").write_text("step 3\n")
+    assert files.note_end(code).failure == f"exit code {code}: ended by {name}; last in its log: step 3"
+
+
+def test_a_failure_is_not_told_in_the_words_of_an_earlier_attempt(tmp_path):
+    files = files_of_a_cell(tmp_path)
+    files.beside(".log").write_text("relora: shard 3 is damaged\n")
+    # An interpreter without its library ends at once.
+    running = start(files.cell, threads=1, environment={"PYTHONHOME": str(tmp_path)}, donors=[])
+    while (outcome := running.poll()) is None:
+        os.sched_yield()
+    assert "exit code" in outcome.failure and "shard 3" not in outcome.failure
+    assert "shard 3" in files.beside(".log").read_text()
 
 
 def test_a_summary_whose_loss_is_not_finite_counts_as_diverged(tmp_path):

@@ -46,6 +46,7 @@ class TrainingProcess:
         self._asked = False
         command = [sys.executable, "-m", "relora", "train", str(files.write_recipe())]
         with files.beside(".log").open("ab") as log:
+            self._log_start = log.tell()
             # A session of its own: Ctrl-C reaches the study alone, which asks each process once.
             self._process = subprocess.Popen(
                 command,
@@ -63,7 +64,7 @@ class TrainingProcess:
         if code is None:
             return None
         os.close(self._lock)
-        return self.files.outcome() or self.files.note_end(code)
+        return self.files.outcome() or self.files.note_end(code, log_start=self._log_start)
 
     def stop(self) -> None:
         """Send SIGTERM, which lets it save; the second time SIGKILL."""
