@@ -11,12 +11,13 @@ import pytest
 from relora.errors import ConfigError
 from relora.lab.cell_files import CellFiles
 from relora.lab.choice import Tried, beyond, choose
+from relora.lab.compare import dry_run
 from relora.lab.gather import thinned
 from relora.lab.plan import Outcome, Planner, predicted
 from relora.lab.processes import start
 from relora.lab.results import arm_results
 from relora.lab.statistics import paired_difference, spread, t_quantile
-from relora.lab.study import Budget
+from relora.lab.study import Budget, recipe_fields
 from relora.lab.study_file import build_study, read_study
 from relora.lab.table import cautions, markdown
 from relora.lab.values import like, settled
@@ -381,6 +382,19 @@ def test_table_says_mean_spread_difference_and_edge():
     assert "2.1000 \u00b1 0.1414" in table and "+0.2000 [-1.0706, +1.4706]" in table
     assert "8.207 \u00b1 1.157 (2)" in table  # the mean of perplexities, not the perplexity of the mean
     assert any("fewer than 3 seeds: full, low" in caution for caution in cautions(results))
+
+
+def test_tokens_of_the_table_count_a_shared_warm_start_once_as_the_dry_run_does():
+    study = study_of(SMALL)
+    trained: dict[str | None, str] = {}
+    rows = []
+    for cell in predicted(study, Path("cells")):
+        row = final(cell.arm, cell.seed, 2.0) | {"tokens": cell.tokens, "recipe": recipe_fields(cell.recipe)}
+        rows.append(row | {"warm_start_from": cell.warm_start and trained.get(cell.warm_start)})
+        trained.setdefault(cell.warm_start, cell.name)
+    listed = dry_run(study, Path("cells"), cores=1, threads_per_cell=1)
+    assert listed["tokens"] < sum(row["tokens"] for row in rows) - 1e5  # which the table would show
+    assert f"; {listed['tokens'] / 1e6:.1f} M tokens in all" in markdown(results_of(rows))
 
 
 def test_axis_that_the_recipe_won_is_told_as_such():
