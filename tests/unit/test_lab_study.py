@@ -1,6 +1,7 @@
 """Studies as values: reading them strictly, what they come to, what wins, and the statistics of a table."""
 
 import math
+import os
 import statistics
 import tomllib
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 from relora.errors import ConfigError
 from relora.lab.cell_files import CellFiles
 from relora.lab.choice import Tried, beyond, choose
+from relora.lab.compare import dry_run
 from relora.lab.gather import thinned
 from relora.lab.plan import Outcome, Planner, predicted
+from relora.lab.processes import start
 from relora.lab.results import arm_results
 from relora.lab.statistics import paired_difference, spread, t_quantile
-from relora.lab.study import Budget
+from relora.lab.study import Budget, recipe_fields
 from relora.lab.study_file import build_study, read_study
 from relora.lab.table import cautions, markdown
 from relora.lab.values import like, settled
@@ -381,6 +384,19 @@ def test_table_says_mean_spread_difference_and_edge():
     assert any("fewer than 3 seeds: full, low" in caution for caution in cautions(results))
 
 
+def test_tokens_of_the_table_count_a_shared_warm_start_once_as_the_dry_run_does():
+    study = study_of(SMALL)
+    trained: dict[str | None, str] = {}
+    rows = []
+    for cell in predicted(study, Path("cells")):
+        row = final(cell.arm, cell.seed, 2.0) | {"tokens": cell.tokens, "recipe": recipe_fields(cell.recipe)}
+        rows.append(row | {"warm_start_from": cell.warm_start and trained.get(cell.warm_start)})
+        trained.setdefault(cell.warm_start, cell.name)
+    listed = dry_run(study, Path("cells"), cores=1, threads_per_cell=1)
+    assert listed["tokens"] < sum(row["tokens"] for row in rows) - 1e5  # which the table would show
+    assert f"; {listed['tokens'] / 1e6:.1f} M tokens in all" in markdown(results_of(rows))
+
+
 def test_axis_that_the_recipe_won_is_told_as_such():
     axes = {"optim.lr": [1, 2], "relora.alpha": [4.0, 16.0]}
     cells = [sweep("full", 1, 3.0), sweep("full", 2, 2.5)]
@@ -413,12 +429,15 @@ def test_thinned_curves_keep_their_end_and_their_mean():
 # Cells that ended without finishing
 
 
-def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_again(tmp_path):
+def files_of_a_cell(out: Path) -> CellFiles:
     study = study_of(SMALL)
-    cell = study.cell(
-        study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=tmp_path
+    return CellFiles(
+        study.cell(study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=out)
     )
-    files = CellFiles(cell)
+
+
+def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_again(tmp_path):
+    files = files_of_a_cell(tmp_path)
     files.beside(".log").write_text("step 3\nrelora: step 4: loss nan; no weight was changed\nlast words\n")
     assert files.outcome() is None
     failed = files.note_end(3)
@@ -428,12 +447,44 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_otherwise_is_tried_
     assert diverged.is_final and diverged.loss == math.inf and files.outcome() == diverged
 
 
+def test_a_failure_is_told_in_the_tracebacks_last_line_and_not_in_a_warning(tmp_path):
+    files = files_of_a_cell(tmp_path)
+    said = "relora: warning: slow\nTraceback (most recent call last):\n  here\nOSError: disk gone\n"
+    files.beside(".log").write_text(said)
+    assert files.note_end(1).failure == "exit code 1: OSError: disk gone"
+    files.beside(".log").write_text("relora: warning: the cache is slow\n")
+    assert files.note_end(1).failure == "exit code 1: nothing was said"
+
+
+@pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-11, "SIGSEGV"), (-40, "signal 40")])
+def test_a_cell_that_a_signal_ended_names_it(tmp_path, code, name):
+    files = files_of_a_cell(tmp_path)
+    files.beside(".log").write_text("step 3\n")
+    assert files.note_end(code).failure == f"exit code {code}: ended by {name}; last in its log: step 3"
+
+
+def test_a_failure_is_not_told_in_the_words_of_an_earlier_attempt(tmp_path):
+    files = files_of_a_cell(tmp_path)
+    files.beside(".log").write_text("relora: shard 3 is damaged\n")
+    # An interpreter without its library ends at once.
+    running = start(files.cell, threads=1, environment={"PYTHONHOME": str(tmp_path)}, donors=[])
+    while (outcome := running.poll()) is None:
+        os.sched_yield()
+    assert "exit code" in outcome.failure and "shard 3" not in outcome.failure
+    assert "shard 3" in files.beside(".log").read_text()
+
+
 def test_a_summary_whose_loss_is_not_finite_counts_as_diverged(tmp_path):
-    study = study_of(SMALL)
-    cell = study.cell(
-        study.arms[0], "final", study.budgets[0], seed=0, swept={"optim.lr": 1e-3}, out=tmp_path
-    )
-    files = CellFiles(cell)
+    files = files_of_a_cell(tmp_path)
     files.run.mkdir()
     (files.run / "summary.json").write_text('{"eval/loss": NaN}')
     assert files.outcome().failure.startswith("diverged")
+
+
+def test_a_cell_that_another_study_finished_before_the_lock_was_ours_is_not_started_again(tmp_path):
+    files = files_of_a_cell(tmp_path)
+    files.run.mkdir()
+    (files.run / "summary.json").write_text('{"eval/loss": 2.5}')
+    running = start(files.cell, threads=1, environment={}, donors=[])
+    assert not running.is_ours and not files.beside(".log").exists()
+    assert running.poll() == Outcome(loss=2.5)

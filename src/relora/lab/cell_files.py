@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from relora.train.run_folder import METRICS, SUMMARY, note_origin
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, TOKENIZER
 
 NON_FINITE_CODE = 5
+_OWN = "relora: "
+_WARNING = "relora: warning: "
 
 
 class CellFiles:
@@ -71,9 +74,16 @@ class CellFiles:
             return None
         return Outcome(loss=math.inf, failure=f"diverged: {ended['message']}")
 
-    def note_end(self, exit_code: int) -> Outcome:
-        """Record that the training process ended before the run did; return that as the outcome."""
-        message = _last_words(self.beside(".log"))
+    def note_end(self, exit_code: int, *, log_start: int = 0) -> Outcome:
+        """Record that the training process ended before the run did; return that as the outcome.
+
+        Args:
+            exit_code: Of the process; minus the signal's number where one ended it.
+            log_start: Bytes that the log held when the process began: what earlier attempts said.
+        """
+        message = _last_words(self.beside(".log"), start=log_start)
+        if exit_code < 0:
+            message = f"ended by {_signal_name(-exit_code)}; last in its log: {message}"
         write_json(self.beside(".ended.json"), {"exit_code": exit_code, "message": message})
         found = self.outcome()
         if found is not None:
@@ -148,9 +158,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _last_words(log: Path) -> str:
-    """Return our own message from the end of a log, or its last line."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("relora: ")]
-    return (own or lines or ["nothing was said"])[-1].removeprefix("relora: ")[:500]
+def _last_words(log: Path, *, start: int) -> str:
+    """Return our own error from a log behind so many bytes, or the last line that is no warning of ours."""
+    said = log.read_bytes()[start:] if log.is_file() else b""
+    lines = [line for line in said.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(_WARNING)]
+    own = [line for line in lines if line.startswith(_OWN)]
+    return (own or lines or ["nothing was said"])[-1].removeprefix(_OWN)[:500]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"

@@ -11,6 +11,7 @@ from relora.lab.plan import Outcome, Planner, predicted
 from relora.lab.report import RESULTS, read_results, write_results, write_tables
 from relora.lab.runner import Observer, Runner
 from relora.lab.study import Cell, Study
+from relora.lab.texts import StudyTexts
 from relora.train.signals import Requests, stopping_on_signals
 
 
@@ -49,8 +50,9 @@ def compare(
         What study.json holds, and the exit code.
 
     Raises:
-        ConfigError: if the numbers of cores do not allow one cell, or study.json is of another text.
+        ConfigError: if the numbers of cores do not allow one cell, or the folder's cells are of another text.
         DataError: if the text of the study cannot be prepared.
+        CheckpointError: if the folder's study.json or data.json cannot be read or written.
     """
     if not 1 <= threads_per_cell <= cores:
         raise ConfigError(f"threads-per-cell must be from 1 to the {cores} cores, not {threads_per_cell}")
@@ -108,7 +110,8 @@ def tables_only(study: Study, folder: Path) -> dict[str, Any]:
             break
         outcomes |= new
     threads = 1 if before is None else before["machine"]["threads_per_cell"]
-    results = study_results(study, plan, outcomes, threads=threads, before=before)
+    data = StudyTexts(folder).facts(plan.cells)
+    results = study_results(study, plan, outcomes, threads=threads, data=data, before=before)
     write_results(folder, results)
     return results
 

@@ -46,6 +46,7 @@ class TrainingProcess:
         self._asked = False
         command = [sys.executable, "-m", "relora", "train", str(files.write_recipe())]
         with files.beside(".log").open("ab") as log:
+            self._log_start = log.tell()
             # A session of its own: Ctrl-C reaches the study alone, which asks each process once.
             self._process = subprocess.Popen(
                 command,
@@ -63,7 +64,7 @@ class TrainingProcess:
         if code is None:
             return None
         os.close(self._lock)
-        return self.files.outcome() or self.files.note_end(code)
+        return self.files.outcome() or self.files.note_end(code, log_start=self._log_start)
 
     def stop(self) -> None:
         """Send SIGTERM, which lets it save; the second time SIGKILL."""
@@ -95,7 +96,7 @@ class ForeignCell:
 def start(
     cell: Cell, *, threads: int, environment: Mapping[str, str], donors: Iterable[CellFiles]
 ) -> RunningCell:
-    """Train a cell, or watch the process that already does.
+    """Train a cell, or watch the process that already does; one that has ended meanwhile is not run again.
 
     Args:
         cell: To train.
@@ -106,6 +107,9 @@ def start(
     files = CellFiles(cell)
     lock = try_lock(files.beside(".lock"))
     if lock is None:
+        return ForeignCell(files)
+    if files.outcome() is not None:  # another study ended it between our last look and the lock
+        os.close(lock)
         return ForeignCell(files)
     files.share_warm_start(donors)
     return TrainingProcess(files, lock=lock, threads=threads, environment=environment)

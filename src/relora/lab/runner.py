@@ -1,19 +1,20 @@
 """Run a study: as many cells side by side as the cores allow, until the plan has nothing left to do."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from relora.errors import ConfigError
+from relora.errors import DataError
 from relora.lab.cell_files import CellFiles
 from relora.lab.gather import earlier_outcomes, ended
 from relora.lab.plan import Outcome, Planner, WorkPlan, predicted
 from relora.lab.processes import RunningCell, start
 from relora.lab.study import Cell, Study
+from relora.lab.texts import StudyTexts
 from relora.report.run import last_record
-from relora.train.prepare import prepare_recipe
 from relora.train.signals import Requests
 
 _POLL_S = 0.1
@@ -49,7 +50,7 @@ class StudyRun:
     plan: WorkPlan
     outcomes: Mapping[str, Outcome]
     data: list[dict[str, Any]]
-    """What was prepared, for each different [data] section."""
+    """What was prepared, for each different [data] section of the plan."""
     exit_code: int
     """0 if all that could finish has, 1 if a cell failed (diverging is a result), 130 or 143 if stopped."""
 
@@ -84,20 +85,23 @@ class Runner:
         self._num_slots, self._threads, self._environment = num_slots, threads, environment
         self._observer, self._requests = observer, requests
         self._planner = Planner(study, folder / "cells")
-        self._earlier = earlier or {}
-        self._kept = earlier_outcomes(self._earlier)
+        self._texts = StudyTexts(folder, earlier)
+        self._kept = earlier_outcomes(earlier or {})
         self._outcomes: dict[str, Outcome] = {}
         self._running: dict[str, RunningCell] = {}
         self._looked = 0.0
 
     def run(self) -> StudyRun:
-        """Train until nothing is left, or until asked to stop."""
+        """Train until nothing is left, or until asked to stop.
+
+        Raises:
+            ConfigError: if cells of the study were trained on another text.
+            DataError: if a text of the study cannot be prepared.
+        """
         cells = predicted(self._study, self._folder / "cells")
         self._observer.begin(total_tokens=sum(cell.tokens for cell in cells), num_cells=len(cells))
         # Once, instead of by each process, all but one of them waiting.
-        sections = {repr(cell.recipe.data): cell for cell in cells}.values()
-        data = [data_facts(cell) for cell in sections]
-        self._check_text(data)
+        self._texts.check(cells)
         stopping = False
         plan = self._look()
         while True:
@@ -114,12 +118,16 @@ class Runner:
             if self._collect(stopping=stopping):
                 plan = self._look()
             self._tell_progress()
+        data = self._texts.facts(plan.cells)
         return StudyRun(plan=plan, outcomes=self._outcomes, data=data, exit_code=self._exit_code(stopping))
 
     def _look(self) -> WorkPlan:
         """Plan again until finished cells tell nothing new."""
         while True:
             plan = self._planner.plan(self._outcomes)
+            for cell in plan.cells:  # what won may bring texts that were not foreseen
+                with suppress(DataError):  # which its own process tells, while the others go on
+                    self._texts.check([cell])
             unknown = [cell for cell in plan.cells if cell.name not in self._outcomes]
             found = [
                 (cell, outcome)
@@ -133,17 +141,6 @@ class Runner:
                 self._observer.grown(total_tokens=tokens, num_cells=len(plan.cells))
                 self._drop_checkpoints(plan)
                 return plan
-
-    def _check_text(self, data: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse to go on from results that were made on another text."""
-        known = {facts["fingerprint"] for facts in self._earlier.get("data", [])}
-        other = [facts for facts in data if facts["fingerprint"] not in known]
-        if self._kept and other:
-            raise ConfigError(
-                f"{self._folder / 'study.json'} holds {len(self._kept)} cells that were trained on another "
-                f"text than {other[0]['source']!r} is here (another version, or other files): give --out "
-                "another folder, or remove it to run them again"
-            )
 
     def _note(self, cell: Cell, outcome: Outcome) -> None:
         self._outcomes[cell.name] = outcome
@@ -217,11 +214,3 @@ class Runner:
         if stopping:
             return self._requests.exit_code
         return int(any(not outcome.is_final for outcome in self._outcomes.values()))
-
-
-def data_facts(cell: Cell) -> dict[str, Any]:
-    """Prepare a cell's text, and return what identifies it and how much of it there is."""
-    facts = prepare_recipe(cell.recipe)
-    kept = ("fingerprint", "vocab_size", "bytes_per_token", "counts")
-    source = {"source": cell.recipe.data.source, "path": cell.recipe.data.path}
-    return source | {key: facts[key] for key in kept}

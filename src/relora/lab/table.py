@@ -114,7 +114,7 @@ def how_made(results: Mapping[str, Any]) -> str:
     cells = results["cells"]
     tuned = sum(cell["stage"] == "tuning" and cell["status"] != "missing" for cell in cells)
     final = sum(cell["stage"] == "final" and cell["status"] == "finished" for cell in cells)
-    tokens = sum(cell.get("tokens") or 0 for cell in cells)
+    tokens = sum(map(_tokens_trained, cells))
     at = f" at {study['tuning_budget']}" if study["tuning_budget"] else ""
     by = ", one axis after the other" if study["search"] == "axes" else ""
     tuning = (
@@ -128,6 +128,16 @@ def how_made(results: Mapping[str, Any]) -> str:
         f"torch {results['versions']['torch']}. Differences are paired by seed; their intervals are "
         "Student's t."
     )
+
+
+def _tokens_trained(cell: Mapping[str, Any]) -> int:
+    """Return the tokens of a cell without those of a warm start that another cell trained."""
+    tokens = int(cell.get("tokens") or 0)
+    if not tokens or not cell.get("warm_start_from"):
+        return tokens
+    recipe = cell["recipe"]
+    per_step = recipe["train.batch_size"] * recipe["data.seq_len"]
+    return tokens - int(recipe["relora.warm_start_steps"] * per_step)
 
 
 def _perplexity(line: ArmResult) -> str:

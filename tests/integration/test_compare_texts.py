@@ -1,0 +1,70 @@
+"""`relora compare` where the study or its text changes between two starts."""
+
+import json
+from pathlib import Path
+
+from relora.cli.main import main
+from tiny_run import write_text
+
+STUDY = """
+[study]
+name = "texts"
+base = "base.toml"
+steps = 2
+
+[set]
+data.source = "text"
+data.path = "text"
+data.cache_dir = "cache"
+data.vocab_size = 300
+data.seq_len = 16
+data.heldout_fraction = 0.2
+schedule.warmup_steps = 1
+train.batch_size = 2
+train.micro_batch_size = 2
+eval.sequences = 4
+
+[methods.full]
+"""
+BASE = """
+[model]
+hidden_size = 24
+intermediate_size = 40
+num_hidden_layers = 2
+num_attention_heads = 2
+"""
+
+
+def test_only_a_new_text_is_trained_on_and_another_text_or_split_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("text"))
+    Path("base.toml").write_text(BASE)
+
+    def compare(study: str) -> int:
+        Path("study.toml").write_text(study)
+        return main(["compare", "study.toml", "--out", "out", "--cores", "2"])
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file()}
+
+    assert compare(STUDY) == 0
+    (first,) = Path("out").glob("cells/*/summary.json")
+    trained = first.stat().st_mtime_ns
+    with_other = STUDY + '[methods.smaller]\nmethod = "full"\nset = { data.vocab_size = 280 }\n'
+    assert compare(with_other) == 0
+    assert first.stat().st_mtime_ns == trained
+    results = json.loads(Path("out/study.json").read_text())
+    assert [facts["section"]["vocab_size"] for facts in results["data"]] == [300, 280]
+    assert [cell["status"] for cell in results["cells"]] == ["finished"] * 2
+
+    before = files()
+    assert compare(STUDY + "grid = { optim.lr = [1e-3, 2e-3] }\n") == 2
+    assert "tuning.fraction was 0" in capsys.readouterr().err
+    assert files() == before
+
+    Path("out/study.json").unlink()  # as if it had been killed before it wrote any
+    before = files()
+    Path("text/document-000.txt").write_text("another text " * 40)
+    assert compare(STUDY) == 2
+    assert "another text" in capsys.readouterr().err
+    assert files() == before
