@@ -32,6 +32,7 @@ seeds = [0, 1, 2]
 references = ["full"]
 
 [set]
+train.precision = "fp32"
 relora.rank = 4
 relora.warm_start_steps = "25%"
 relora.restart_every = "10%"
@@ -60,6 +61,11 @@ def complaint(text: str) -> str:
     with pytest.raises(ConfigError) as caught:
         study_of(text)
     return str(caught.value)
+
+
+def test_precision_that_each_cell_would_measure_for_itself_is_refused():
+    said = complaint(SMALL.replace('train.precision = "fp32"', ""))
+    assert 'train.precision must be "fp32" or "bf16" in a study, not "auto"' in said
 
 
 # Statistics

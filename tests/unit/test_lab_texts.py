@@ -19,6 +19,7 @@ name = "texts"
 steps = 20
 
 [set]
+train.precision = "fp32"
 data.source = "text"
 data.path = "FOLDER/text"
 data.cache_dir = "FOLDER/cache"

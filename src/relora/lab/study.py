@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import relora.lab.methods  # noqa: F401 - their names are known from here on
+from relora.errors import ConfigError
 from relora.lab.values import flat, nested, settled
 from relora.train.config import SECTIONS, DataConfig, OptimConfig, Recipe, TrainConfig
 from relora.train.methods import option_fields
@@ -175,6 +176,11 @@ class Study:
         settings |= {"checkpoint.keep_last": 1}
         settings |= {"eval.split": "tuning" if stage == "tuning" else "heldout"}
         recipe = self._resolved(settings, subject=f"arm {arm.name!r}")
+        if recipe.train.precision == "auto":
+            raise ConfigError(
+                f'arm {arm.name!r}: train.precision must be "fp32" or "bf16" in a study, not "auto": cells '
+                "that each measure which is faster can come to different ends. Set it in [set]"
+            )
         name = f"{_slug(arm.name)}-{stage}-s{seed}-{_digest(recipe_toml(recipe))[:8]}"
         recipe = replace(recipe, run=replace(recipe.run, name=name, out=out))
         return Cell(arm=arm.name, stage=stage, budget=budget, seed=seed, swept=dict(swept), recipe=recipe)
