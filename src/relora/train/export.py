@@ -8,7 +8,7 @@ from relora.checkpoint.export import export_folder
 from relora.errors import ConfigError
 from relora.train.folders import open_tokenizer
 from relora.train.recipe_io import recipe_toml
-from relora.train.reporting import read_summary
+from relora.train.run_folder import read_summary
 from relora.train.saved import load_saved
 
 

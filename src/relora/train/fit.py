@@ -12,7 +12,6 @@ from relora.log.stages import StageLines
 from relora.train.config import Recipe
 from relora.train.guard import Past, RollBack
 from relora.train.parallel import Processes, processes
-from relora.train.reporting import read_summary
 from relora.train.result import TrainResult
 from relora.train.run_folder import OpenedRun, open_run
 from relora.train.signals import Requests, saving_on_signal, stopping_on_signals
@@ -44,8 +43,8 @@ def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> 
                 f"times the {here.world_size} processes, {share}"
             )
         opened = here.from_main(lambda: open_run(recipe, held, overwrite=overwrite, fork=fork))
-        if (summary := read_summary(opened.folder)) is not None and opened.resume_from is not None:
-            return TrainResult(folder=opened.folder, summary=summary, exit_code=0, was_finished=True)
+        if opened.summary is not None:
+            return TrainResult(folder=opened.folder, summary=opened.summary, exit_code=0, was_finished=True)
         tell = StageLines() if here.is_main else None
         data = here.main_first(lambda: prepare(opened.recipe.data, progress=tell))
         with stopping_on_signals(requests):

@@ -52,11 +52,25 @@ class OpenedRun:
     """The newest valid checkpoint, or None to begin at step 0."""
     notes: tuple[str, ...]
     """What the user should know about how it was opened."""
+    summary: dict[str, Any] | None = None
+    """What came out, where the run is finished: there is nothing to train."""
 
     @property
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
         return self.folder / CHECKPOINTS
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a finished run; None where there is none that can be read."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def _is_free(name: str) -> bool:
@@ -205,25 +219,37 @@ def _reopen(recipe: Recipe, folder: Path) -> OpenedRun:
         )
     newest, problems = latest_valid(folder / CHECKPOINTS)
     notes = [f"passed over a damaged checkpoint: {problem}" for problem in problems]
-    if newest is None:
-        _refuse_headless_fork(folder, problems)
-        notes.append(f"{folder} has no valid checkpoint yet: beginning at step 0, with fresh logs")
-    else:
+    summary = read_summary(folder)
+    if newest is not None:
         notes.append(f"resuming {folder} from {newest.name}")
-    if newest is None or newest.name != folder_name(recipe.total_steps):
-        (folder / SUMMARY).unlink(missing_ok=True)  # of a run whose end was lost: it is not finished
+        if newest.name != folder_name(recipe.total_steps):  # its end was lost: it is not finished
+            (folder / SUMMARY).unlink(missing_ok=True)
+            summary = None
+    elif problems or summary is None or summary.get("steps") != recipe.total_steps:
+        _refuse_to_begin_anew(folder, problems)
+        notes.append(f"{folder} has no checkpoint yet: beginning at step 0, with fresh logs")
     write_recipe(recipe, folder / RECIPE)
-    return OpenedRun(folder=folder, recipe=recipe, resume_from=newest, notes=tuple(notes))
+    return OpenedRun(folder=folder, recipe=recipe, resume_from=newest, notes=tuple(notes), summary=summary)
 
 
-def _refuse_headless_fork(folder: Path, problems: list[str]) -> None:
-    """A fork begins where another run stood; from step 0 it would be a run of no recipe at all."""
+def _refuse_to_begin_anew(folder: Path, problems: list[str]) -> None:
+    """Keep from step 0 a run that has been further: its logs would go, and a fork be of no recipe at all."""
     origin = folder / FORKED_FROM
     if origin.is_file():
         raise CheckpointError(
             f"{folder} was forked ({origin.read_text(encoding='utf-8', errors='replace').strip()}) and the "
             f"checkpoint it began from is not valid: {'; '.join(problems) or 'it is missing'}. "
             "Fork again with --overwrite"
+        )
+    if problems:
+        raise CheckpointError(
+            f"{folder} has checkpoints, none of them valid: {'; '.join(problems)}. Put back one that is, or "
+            "give --overwrite to begin it anew"
+        )
+    if (folder / SUMMARY).is_file():
+        raise CheckpointError(
+            f"{folder} has no checkpoint, and a {SUMMARY} that cannot be read or is of another length: mend "
+            "it or move it away, or give --overwrite to begin the run anew"
         )
 
 
