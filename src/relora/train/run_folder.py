@@ -17,11 +17,11 @@ from typing import Any
 from relora.checkpoint.lock import LOCK_NAME, folder_lock
 from relora.checkpoint.manifest import folder_name
 from relora.checkpoint.store import latest_valid
-from relora.errors import CheckpointError, ConfigError
+from relora.errors import CheckpointError, ConfigError, ReLoRAError
 from relora.train.checks import field_types
 from relora.train.config import SECTIONS, Recipe
 from relora.train.forking import fork_violations
-from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, write_recipe
+from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, section_of, write_recipe
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, RECIPE, TOKENIZER
 
 METRICS = "metrics.jsonl"
@@ -54,6 +54,8 @@ class OpenedRun:
     """What the user should know about how it was opened."""
     summary: dict[str, Any] | None = None
     """What came out, where the run is finished: there is nothing to train."""
+    is_new_fork: bool = False
+    """Whether its folder holds nothing but copies of another run's."""
 
     @property
     def checkpoints(self) -> Path:
@@ -80,10 +82,10 @@ def _is_free(name: str) -> bool:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides what its run computes, by "section.field", as JSON values."""
     return {
-        f"{section}.{field}": _as_json(getattr(getattr(recipe, section), field))
-        for section, kind in SECTIONS.items()
-        for field in field_types(kind)
-        if not _is_free(f"{section}.{field}") and f"{section}.{field}" != "run.name"
+        f"{name}.{field}": _as_json(getattr(section, field))
+        for name, section in ((name, section_of(recipe, name)) for name in SECTIONS)
+        for field in field_types(type(section))
+        if not _is_free(f"{name}.{field}") and f"{name}.{field}" != "run.name"
     }
 
 
@@ -156,6 +158,19 @@ def open_run(
             opened = _fork(recipe, wanted)
     unlocked = f"{folder}: this file system has no locks; see to it that no other process trains there"
     return opened if locked else replace(opened, notes=(*opened.notes, unlocked))
+
+
+@contextmanager
+def undone_if_refused(opened: OpenedRun, *, is_main: bool) -> Iterator[None]:
+    """Remove a fork that was just made, if the block refuses it: the mended command makes it again."""
+    try:
+        yield
+    except ReLoRAError:
+        if opened.is_new_fork and is_main:
+            with _worded(opened.folder):
+                _clear(opened.folder)
+                shutil.rmtree(opened.folder, ignore_errors=True)  # what is left is at most its open lock
+        raise
 
 
 @contextmanager
@@ -302,4 +317,5 @@ def _fork(recipe: Recipe, wanted: Recipe) -> OpenedRun:
         recipe=wanted,
         resume_from=folder / CHECKPOINTS / newest.name,
         notes=(f"forked {folder} off {source} at {newest.name}",),
+        is_new_fork=True,
     )
