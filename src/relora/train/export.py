@@ -29,7 +29,6 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> Path:
     tokenizer = open_tokenizer(saved.tokenizer_folder)
     summary = read_summary(saved.run)
     if summary is None or summary.get("steps") != saved.step:  # figures of the run's end are not this model's
-        assert saved.step is not None
-        summary = {"steps": saved.step, "tokens": saved.step * saved.recipe.tokens_per_step}
+        summary = {"steps": saved.step, "tokens": saved.tokens}
     card = model_card(tomllib.loads(recipe_toml(saved.recipe)), summary)
     return export_folder(saved.model, tokenizer, out, card=card)

@@ -87,6 +87,12 @@ class Reporter:
             self._restarts.log(restart.as_dict())
             self._console.restart(restart.as_dict())
 
+    def caught_up(self, restart: RestartReport) -> None:
+        """As `step`, for a restart that was left out, and that a killed process may have told of."""
+        if self._restarts is not None:
+            self._restarts.truncate_after(restart.step - 1)
+        self.step(restart)
+
     def record(self, *, grad_norm: float, is_evaluated: bool) -> None:
         """Log the steps since the last record, and begin the next one."""
         progress = self._state.progress

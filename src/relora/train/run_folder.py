@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relora.checkpoint.folder import read_state
 from relora.checkpoint.lock import LOCK_NAME, folder_lock
 from relora.checkpoint.manifest import folder_name
 from relora.checkpoint.store import latest_valid
@@ -23,6 +24,7 @@ from relora.train.config import SECTIONS, Recipe
 from relora.train.forking import fork_violations
 from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, section_of, write_recipe
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, RECIPE, TOKENIZER
+from relora.train.state import Progress
 
 METRICS = "metrics.jsonl"
 RESTARTS = "restarts.jsonl"
@@ -301,13 +303,16 @@ def _fork(recipe: Recipe, wanted: Recipe) -> OpenedRun:
     newest, problems = latest_valid(source / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"--fork: {source} has no valid checkpoint any more; {'; '.join(problems)}")
+    # The rank that is learned is measured against the weights at the switch, wherever that was.
+    switch = Progress.from_json(read_state(newest).get("progress", {})).switch
+    switch_step = int(switch["step"]) if switch else wanted.switch_step or 0
+    kept = {newest.name, folder_name(switch_step)}
     note_origin(folder, source, newest.name)
     for part in (MODEL_CONFIG, TOKENIZER):
         shutil.copytree(source / part, folder / part)
-    for log in (METRICS, RESTARTS):
+    for log in (METRICS, RESTARTS, NONFINITE):
         if (source / log).is_file():
             shutil.copy2(source / log, folder / log)
-    kept = {newest.name, folder_name(wanted.switch_step or 0)}
     for checkpoint in sorted((source / CHECKPOINTS).iterdir()):
         if checkpoint.name in kept:
             shutil.copytree(checkpoint, folder / CHECKPOINTS / checkpoint.name)
