@@ -113,6 +113,14 @@ def test_skip_changes_no_bit_and_names_the_documents(poisoned):
         assert text.split("\n")[0].isdigit()
 
 
+def test_a_fork_keeps_what_was_not_finite(poisoned):
+    recipe, step = poisoned
+    source = fit(named(recipe, "kept", nonfinite="skip"))
+    forked = fit(named(recipe, "kept", nonfinite="skip", steps=16), fork="kept-longer")
+    (event,) = records(forked.folder / "nonfinite.jsonl")
+    assert event["step"] == step and [event] == records(source.folder / "nonfinite.jsonl")
+
+
 def test_skip_ends_the_run_after_a_row_of_them(tmp_path):
     recipe = tiny_recipe(
         tmp_path,

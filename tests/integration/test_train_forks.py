@@ -1,12 +1,18 @@
 """Forks: what may change, what may not, and that nothing is lost or left behind where one is refused."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from relora.errors import ConfigError
+import relora.lab.methods  # noqa: F401 - makes them known
+from relora.errors import CheckpointError, ConfigError, DataError
 from relora.train.fit import fit
+from relora.train.forking import fork_violations
+from relora.train.methods import MethodOptions
+from relora.train.recipe_io import changed_fields
+from relora.train.run_folder import settings
 from tiny_run import tiny_recipe
 
 
@@ -35,7 +41,28 @@ def files(folder: Path) -> set[Path]:
         ({"relora": {"factors": "B"}}, "holds factors, which decide relora.factors"),
         ({"relora": {"warm_start_steps": 6}}, "holds factors, which decide relora.warm_start_steps"),
         ({"relora": {"restart_every": 3}}, "holds factors, which decide relora.restart_every"),
+        ({"optim": {"factor_optimizer": "muon"}}, "holds factors, which decide optim.factor_optimizer"),
         ({"model": {"hidden_size": 48}}, "leave out model.hidden_size"),
+        ({"train": {"steps": 16, "batch_size": 4}}, r"read some twice .*leave out train\.batch_size"),
+        ({"data": {"seq_len": 8}}, r"read some twice .*leave out data\.seq_len"),
+        ({"data": {"heldout_fraction": 0.3}}, r"same text; leave out data\.heldout_fraction"),
+        ({"data": {"vocab_size": 310}}, r"same text; leave out data\.vocab_size"),
+        ({"optim": {"rest_lr_multiples": [2.0, 1.0, 1.0]}}, r"leave out optim\.rest_lr_multiples"),
+        (
+            {"run": {"name": "full", "method": "full"}, "optim": {"rest_beta2": 0.9}},
+            r"holds the optimizer's groups.*leave out optim\.rest_beta2",
+        ),
+        (
+            {"run": {"name": "full", "method": "full-muon"}},
+            r"at full rank step-00000012 was trained by adamw.*those of full-muon; leave out run\.method",
+        ),
+        (
+            {
+                "run": {"name": "full", "method": "relora"},
+                "relora": {"warm_start_kind": "sign", "warm_start_steps": 12},
+            },
+            r"those of steps without state; leave out run\.method, relora\.warm_start_kind",
+        ),
         (
             {"run": {"name": "full", "method": "relora"}, "relora": {"warm_start_steps": 4}},
             "relora.warm_start_steps must be at least the 12 steps that step-00000012 trained at full rank",
@@ -49,6 +76,58 @@ def test_fork_that_its_checkpoint_cannot_go_on_with_is_refused_and_leaves_nothin
     with pytest.raises(ConfigError, match=wanted):
         fit(tiny_recipe(home, **{"train": {"steps": 16}, **changes}), fork="other")
     assert files(home / "runs") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "wanted"),
+    [
+        ({"path": "no/such/text"}, DataError, "no/such/text"),
+        ({"max_documents": 100}, CheckpointError, "data of this run has changed since step 12"),
+    ],
+)
+def test_fork_that_is_refused_where_its_text_is_opened_leaves_nothing_and_the_mended_one_begins(
+    home: Path, change: dict[str, object], error: type[Exception], wanted: str
+) -> None:
+    before = files(home / "runs")
+    name = next(iter(change))
+    with pytest.raises(error, match=wanted):
+        fit(tiny_recipe(home, train={"steps": 14}, data=change), fork=name)
+    assert files(home / "runs") == before and not (home / "runs" / name).exists()
+    assert fit(tiny_recipe(home, train={"steps": 14}), fork=name).summary["steps"] == 14
+
+
+@pytest.mark.parametrize(
+    ("run", "old", "new", "is_free"),
+    [
+        ("full", {"rest_lr_multiples": [2.0, 2.0, 1.0]}, {"rest_lr_multiples": [3.0, 3.0, 0.5]}, True),
+        ("full", {"rest_lr_multiples": [2.0, 2.0, 1.0]}, {"rest_lr_multiples": [1.0, 1.0, 1.0]}, False),
+        ("tiny", {"rest_lr_multiples": [2.0, 2.0, 1.0]}, {"rest_lr_multiples": [1.0, 1.0, 1.0]}, True),
+        ("tiny", {"rest_beta2": 0.9}, {"rest_beta2": None}, True),
+        ("full", {"rest_beta2": 0.9}, {"rest_beta2": 0.99}, True),
+        ("full", {"factor_optimizer": "muon"}, {"factor_optimizer": "adamw"}, True),
+    ],
+)
+def test_multiples_may_change_where_they_leave_the_groups_as_they_are(
+    home: Path, run: str, old: dict[str, object], new: dict[str, object], is_free: bool
+) -> None:
+    changes = {"run": {"name": run, "method": "full" if run == "full" else "relora"}, "train": {"steps": 16}}
+    before, wanted = (tiny_recipe(home, optim=optim, **changes) for optim in (old, new))
+    checkpoint = home / "runs" / run / "checkpoints" / "step-00000012"
+    assert (fork_violations(before, wanted, checkpoint) == []) == is_free
+
+
+def test_settings_of_a_method_count_and_stay_once_it_is_at_work(home: Path) -> None:
+    before, wanted = (
+        tiny_recipe(home, run={"method": "galore"}, method={"refresh_every": every}, train={"steps": 16})
+        for every in (3, 5)
+    )
+    assert settings(before)["method.refresh_every"] == 3
+    root = home / "runs" / "tiny" / "checkpoints"
+    (violation,) = fork_violations(before, wanted, root / "step-00000012")
+    assert "decide method.refresh_every" in violation
+    assert fork_violations(before, wanted, root / "step-00000003") == []
+    by_hand = replace(before, method=MethodOptions())  # in force are the defaults
+    assert changed_fields(before, by_hand) == {"method.refresh_every": (3, 200)}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -70,8 +149,13 @@ def test_full_rank_run_can_switch_where_it_is_forked(home: Path) -> None:
     assert (summary["method"], summary["steps"], summary["restarts"]) == ("relora", 18, 2)
 
 
-def test_reset_and_dropout_may_change_with_factors_in_place(home: Path) -> None:
-    recipe = tiny_recipe(home, relora={"reset": "zero", "dropout": 0.1}, train={"steps": 15})
+def test_reset_dropout_and_multiples_may_change_with_factors_in_place(home: Path) -> None:
+    recipe = tiny_recipe(
+        home,
+        relora={"reset": "zero", "dropout": 0.1},
+        optim={"rest_lr_multiples": [2.0, 2.0, 0.5]},
+        train={"steps": 15},
+    )
     assert fit(recipe, fork="reset").summary["steps"] == 15
 
 

@@ -19,6 +19,7 @@ from relora.checkpoint.manifest import (
     MANIFEST_NAME,
     STATE_NAME,
     FileEntry,
+    Manifest,
     is_tensor_file,
     manifest_bytes,
     read_manifest,
@@ -148,13 +149,29 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         raise CheckpointError(f"cannot load the checkpoint {path}: {error}; use another one") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what is no tensor of a checkpoint, and nothing else of it.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        CheckpointError: if that is missing or damaged.
+    """
+    return _checked_state(path, read_manifest(path))
+
+
+def _checked_state(path: Path, manifest: Manifest) -> dict[str, Any]:
+    data = read_bounded(path / STATE_NAME, limit=STATE_LIMIT_BYTES)
+    _compare_digest(STATE_NAME, manifest.files[STATE_NAME], hashlib.sha256(data).hexdigest())
+    return _parsed_state(data)
+
+
 def _loaded(path: Path) -> LoadedCheckpoint:
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         _check_size(path / name, entry)
-    data = read_bounded(path / STATE_NAME, limit=STATE_LIMIT_BYTES)
-    _compare_digest(STATE_NAME, manifest.files[STATE_NAME], hashlib.sha256(data).hexdigest())
-    state = _parsed_state(data)
+    state = _checked_state(path, manifest)
     tensors = {}
     for name, entry in manifest.files.items():
         if is_tensor_file(name):

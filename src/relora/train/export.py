@@ -8,7 +8,7 @@ from relora.checkpoint.export import export_folder
 from relora.errors import ConfigError
 from relora.train.folders import open_tokenizer
 from relora.train.recipe_io import recipe_toml
-from relora.train.reporting import read_summary
+from relora.train.run_folder import read_summary
 from relora.train.saved import load_saved
 
 
@@ -29,7 +29,6 @@ def export_run(run: Path, out: Path, *, step: int | None = None) -> Path:
     tokenizer = open_tokenizer(saved.tokenizer_folder)
     summary = read_summary(saved.run)
     if summary is None or summary.get("steps") != saved.step:  # figures of the run's end are not this model's
-        assert saved.step is not None
-        summary = {"steps": saved.step, "tokens": saved.step * saved.recipe.tokens_per_step}
+        summary = {"steps": saved.step, "tokens": saved.tokens}
     card = model_card(tomllib.loads(recipe_toml(saved.recipe)), summary)
     return export_folder(saved.model, tokenizer, out, card=card)

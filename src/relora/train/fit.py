@@ -12,9 +12,8 @@ from relora.log.stages import StageLines
 from relora.train.config import Recipe
 from relora.train.guard import Past, RollBack
 from relora.train.parallel import Processes, processes
-from relora.train.reporting import read_summary
 from relora.train.result import TrainResult
-from relora.train.run_folder import OpenedRun, open_run
+from relora.train.run_folder import OpenedRun, open_run, undone_if_refused
 from relora.train.signals import Requests, saving_on_signal, stopping_on_signals
 from relora.train.trainer import Trainer
 
@@ -44,10 +43,11 @@ def fit(recipe: Recipe, *, overwrite: bool = False, fork: str | None = None) -> 
                 f"times the {here.world_size} processes, {share}"
             )
         opened = here.from_main(lambda: open_run(recipe, held, overwrite=overwrite, fork=fork))
-        if (summary := read_summary(opened.folder)) is not None and opened.resume_from is not None:
-            return TrainResult(folder=opened.folder, summary=summary, exit_code=0, was_finished=True)
+        if opened.summary is not None:
+            return TrainResult(folder=opened.folder, summary=opened.summary, exit_code=0, was_finished=True)
         tell = StageLines() if here.is_main else None
-        data = here.main_first(lambda: prepare(opened.recipe.data, progress=tell))
+        with undone_if_refused(opened, is_main=here.is_main):
+            data = here.main_first(lambda: prepare(opened.recipe.data, progress=tell))
         with stopping_on_signals(requests):
             return _train(opened, data, here, requests)
 
@@ -58,7 +58,7 @@ def _train(opened: OpenedRun, data: PreparedData, here: Processes, requests: Req
     times_back = 0
     while True:
         try:
-            return Trainer(opened, data, here, requests, past).run()
+            return _built(opened, data, here, requests, past).run()
         except RollBack as back:
             past, why = back.past, back.why
         # Outside of the handler, whose exception would keep the model of before alive beside the new one.
@@ -71,4 +71,11 @@ def _train(opened: OpenedRun, data: PreparedData, here: Processes, requests: Req
                 "lower the learning rate or lengthen the warm-up in a new run, or --fork it"
             )
         note = f"{why} Going back to {newest.name if newest else 'step 0'}, past the data since"
-        opened = replace(opened, resume_from=newest, notes=(note,))
+        opened = replace(opened, resume_from=newest, notes=(note,), is_new_fork=False)
+
+
+def _built(
+    opened: OpenedRun, data: PreparedData, here: Processes, requests: Requests, past: Past | None
+) -> Trainer:
+    with undone_if_refused(opened, is_main=here.is_main):
+        return Trainer(opened, data, here, requests, past)

@@ -8,7 +8,7 @@ from relora.checkpoint.lock import lock_holder
 from relora.checkpoint.manifest import is_finished, is_temporary
 from relora.errors import ConfigError
 from relora.train.recipe_io import load_recipe
-from relora.train.reporting import read_summary
+from relora.train.run_folder import read_summary
 from relora.train.saved import CHECKPOINTS, RECIPE
 
 

@@ -190,15 +190,21 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     part.replace(path)
 
 
+def section_of(recipe: Recipe, name: str) -> Any:
+    """Return a section of a recipe by its name, [method] as it is in force."""
+    return recipe.options if name == "method" else getattr(recipe, name)
+
+
 def changed_fields(before: Recipe, after: Recipe) -> dict[str, tuple[object, object]]:
     """Return the fields in which two recipes differ, as "section.field", each with both values."""
     changes = {}
     for name in SECTIONS:
-        kinds = {type(getattr(recipe, name)) for recipe in (before, after)}
+        sections = [section_of(recipe, name) for recipe in (before, after)]
+        kinds = set(map(type, sections))
         if len(kinds) > 1:  # [method] of another run.method, which is a change that is named
             continue
         for field in field_types(kinds.pop()):
-            values = (getattr(getattr(before, name), field), getattr(getattr(after, name), field))
+            values = (getattr(sections[0], field), getattr(sections[1], field))
             if values[0] != values[1]:
                 changes[f"{name}.{field}"] = values
     return changes

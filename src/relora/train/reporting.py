@@ -3,7 +3,6 @@
 Only the main process of a run speaks; on the others every call does nothing.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -19,21 +18,9 @@ from relora.log.units import count
 from relora.method.restart_report import RestartReport
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, num_parameters
-from relora.train.run_folder import METRICS, RESTARTS, SUMMARY, OpenedRun
+from relora.train.run_folder import METRICS, RESTARTS, OpenedRun
 from relora.train.state import RunState
 from relora.train.watch import RestartEffect
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a finished run; None where there is none that can be read."""
-    path = folder / SUMMARY
-    if not path.is_file():
-        return None
-    try:
-        summary = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return summary if isinstance(summary, dict) else None
 
 
 def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
@@ -99,6 +86,12 @@ class Reporter:
         if restart is not None:
             self._restarts.log(restart.as_dict())
             self._console.restart(restart.as_dict())
+
+    def caught_up(self, restart: RestartReport) -> None:
+        """As `step`, for a restart that was left out, and that a killed process may have told of."""
+        if self._restarts is not None:
+            self._restarts.truncate_after(restart.step - 1)
+        self.step(restart)
 
     def record(self, *, grad_norm: float, is_evaluated: bool) -> None:
         """Log the steps since the last record, and begin the next one."""

@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relora.checkpoint.folder import read_state
 from relora.checkpoint.lock import LOCK_NAME, folder_lock
 from relora.checkpoint.manifest import folder_name
 from relora.checkpoint.store import latest_valid
-from relora.errors import CheckpointError, ConfigError
+from relora.errors import CheckpointError, ConfigError, ReLoRAError
 from relora.train.checks import field_types
 from relora.train.config import SECTIONS, Recipe
 from relora.train.forking import fork_violations
-from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, write_recipe
+from relora.train.recipe_io import PART_SUFFIX, changed_fields, load_recipe, section_of, write_recipe
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, RECIPE, TOKENIZER
+from relora.train.state import Progress
 
 METRICS = "metrics.jsonl"
 RESTARTS = "restarts.jsonl"
@@ -52,11 +54,27 @@ class OpenedRun:
     """The newest valid checkpoint, or None to begin at step 0."""
     notes: tuple[str, ...]
     """What the user should know about how it was opened."""
+    summary: dict[str, Any] | None = None
+    """What came out, where the run is finished: there is nothing to train."""
+    is_new_fork: bool = False
+    """Whether its folder holds nothing but copies of another run's."""
 
     @property
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
         return self.folder / CHECKPOINTS
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a finished run; None where there is none that can be read."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def _is_free(name: str) -> bool:
@@ -66,10 +84,10 @@ def _is_free(name: str) -> bool:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides what its run computes, by "section.field", as JSON values."""
     return {
-        f"{section}.{field}": _as_json(getattr(getattr(recipe, section), field))
-        for section, kind in SECTIONS.items()
-        for field in field_types(kind)
-        if not _is_free(f"{section}.{field}") and f"{section}.{field}" != "run.name"
+        f"{name}.{field}": _as_json(getattr(section, field))
+        for name, section in ((name, section_of(recipe, name)) for name in SECTIONS)
+        for field in field_types(type(section))
+        if not _is_free(f"{name}.{field}") and f"{name}.{field}" != "run.name"
     }
 
 
@@ -145,6 +163,19 @@ def open_run(
 
 
 @contextmanager
+def undone_if_refused(opened: OpenedRun, *, is_main: bool) -> Iterator[None]:
+    """Remove a fork that was just made, if the block refuses it: the mended command makes it again."""
+    try:
+        yield
+    except ReLoRAError:
+        if opened.is_new_fork and is_main:
+            with _worded(opened.folder):
+                _clear(opened.folder)
+                shutil.rmtree(opened.folder, ignore_errors=True)  # what is left is at most its open lock
+        raise
+
+
+@contextmanager
 def _worded(folder: Path) -> Iterator[None]:
     """Say what the system refused: a disk that does not take it, or a name that cannot be a run's."""
     try:
@@ -205,25 +236,37 @@ def _reopen(recipe: Recipe, folder: Path) -> OpenedRun:
         )
     newest, problems = latest_valid(folder / CHECKPOINTS)
     notes = [f"passed over a damaged checkpoint: {problem}" for problem in problems]
-    if newest is None:
-        _refuse_headless_fork(folder, problems)
-        notes.append(f"{folder} has no valid checkpoint yet: beginning at step 0, with fresh logs")
-    else:
+    summary = read_summary(folder)
+    if newest is not None:
         notes.append(f"resuming {folder} from {newest.name}")
-    if newest is None or newest.name != folder_name(recipe.total_steps):
-        (folder / SUMMARY).unlink(missing_ok=True)  # of a run whose end was lost: it is not finished
+        if newest.name != folder_name(recipe.total_steps):  # its end was lost: it is not finished
+            (folder / SUMMARY).unlink(missing_ok=True)
+            summary = None
+    elif problems or summary is None or summary.get("steps") != recipe.total_steps:
+        _refuse_to_begin_anew(folder, problems)
+        notes.append(f"{folder} has no checkpoint yet: beginning at step 0, with fresh logs")
     write_recipe(recipe, folder / RECIPE)
-    return OpenedRun(folder=folder, recipe=recipe, resume_from=newest, notes=tuple(notes))
+    return OpenedRun(folder=folder, recipe=recipe, resume_from=newest, notes=tuple(notes), summary=summary)
 
 
-def _refuse_headless_fork(folder: Path, problems: list[str]) -> None:
-    """A fork begins where another run stood; from step 0 it would be a run of no recipe at all."""
+def _refuse_to_begin_anew(folder: Path, problems: list[str]) -> None:
+    """Keep from step 0 a run that has been further: its logs would go, and a fork be of no recipe at all."""
     origin = folder / FORKED_FROM
     if origin.is_file():
         raise CheckpointError(
             f"{folder} was forked ({origin.read_text(encoding='utf-8', errors='replace').strip()}) and the "
             f"checkpoint it began from is not valid: {'; '.join(problems) or 'it is missing'}. "
             "Fork again with --overwrite"
+        )
+    if problems:
+        raise CheckpointError(
+            f"{folder} has checkpoints, none of them valid: {'; '.join(problems)}. Put back one that is, or "
+            "give --overwrite to begin it anew"
+        )
+    if (folder / SUMMARY).is_file():
+        raise CheckpointError(
+            f"{folder} has no checkpoint, and a {SUMMARY} that cannot be read or is of another length: mend "
+            "it or move it away, or give --overwrite to begin the run anew"
         )
 
 
@@ -260,13 +303,16 @@ def _fork(recipe: Recipe, wanted: Recipe) -> OpenedRun:
     newest, problems = latest_valid(source / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"--fork: {source} has no valid checkpoint any more; {'; '.join(problems)}")
+    # The rank that is learned is measured against the weights at the switch, wherever that was.
+    switch = Progress.from_json(read_state(newest).get("progress", {})).switch
+    switch_step = int(switch["step"]) if switch else wanted.switch_step or 0
+    kept = {newest.name, folder_name(switch_step)}
     note_origin(folder, source, newest.name)
     for part in (MODEL_CONFIG, TOKENIZER):
         shutil.copytree(source / part, folder / part)
-    for log in (METRICS, RESTARTS):
+    for log in (METRICS, RESTARTS, NONFINITE):
         if (source / log).is_file():
             shutil.copy2(source / log, folder / log)
-    kept = {newest.name, folder_name(wanted.switch_step or 0)}
     for checkpoint in sorted((source / CHECKPOINTS).iterdir()):
         if checkpoint.name in kept:
             shutil.copytree(checkpoint, folder / CHECKPOINTS / checkpoint.name)
@@ -276,4 +322,5 @@ def _fork(recipe: Recipe, wanted: Recipe) -> OpenedRun:
         recipe=wanted,
         resume_from=folder / CHECKPOINTS / newest.name,
         notes=(f"forked {folder} off {source} at {newest.name}",),
+        is_new_fork=True,
     )

@@ -31,6 +31,8 @@ class SavedModel:
     """None for a Hugging Face folder."""
     step: int | None
     run: Path | None
+    tokens: int | None = None
+    """Tokens that a run's model has been trained on."""
 
 
 def load_saved(path: Path, *, step: int | None = None) -> SavedModel:
@@ -85,6 +87,7 @@ def _from_run(run: Path, checkpoint: LoadedCheckpoint) -> SavedModel:
         recipe=recipe,
         step=checkpoint.step,
         run=run,
+        tokens=saved.progress.tokens,
     )
 
 

@@ -56,8 +56,7 @@ def state_to_begin_with(
         checkpoint = load_checkpoint(opened.resume_from)
         saved = SavedState.of(checkpoint)
         refuse_other_settings(opened, saved.recipe)
-        if saved.progress.switch is not None and "steepness" in saved.progress.switch:
-            plan.ended_at = int(saved.progress.switch["step"])
+        _take_over_warm_start_(saved, plan)
         if recipe.train.precision == "auto":
             precision, why = saved.precision, "as the run began"
         # A run that goes on needs neither the checkpoint it was initialised from nor a network.
@@ -68,6 +67,23 @@ def state_to_begin_with(
         state.progress.passed_batches = past.next_batch - (state.progress.step + 1)
         state.progress.nonfinite_events = past.num_events
     return state, precision, why
+
+
+def _take_over_warm_start_(saved: SavedState, plan: Plan) -> None:
+    """Let the loss have ended the warm start where it did, unless a fork ends it by another rule."""
+    recipe, progress = plan.recipe, saved.progress
+    rule = {
+        "relora.warm_start_until": recipe.relora.warm_start_until,
+        "relora.warm_start_steps": recipe.switch_step,
+    }
+    is_other = any(saved.recipe.get(name, value) != value for name, value in rule.items())
+    if saved.phase != "low_rank" and is_other:
+        # A window of losses is a part of the longest warm start: those of another rule count for none.
+        progress.switch = None
+        progress.warm_start_means.clear()
+        progress.warm_start_pending.clear()
+    elif progress.switch is not None and "steepness" in progress.switch:
+        plan.ended_at = int(progress.switch["step"])
 
 
 def build_state(

@@ -51,7 +51,7 @@ class Trainer:
         self.saver = Saver(opened, self.plan, here, self.reporter, precision=self.precision)
         if left_out is not None:
             self._count_restart(left_out)
-            self.reporter.step(left_out)
+            self.reporter.caught_up(left_out)
 
     def run(self) -> TrainResult:
         """Train to the last step, or until asked to stop; both leave a checkpoint.
@@ -170,6 +170,9 @@ class Trainer:
             progress.switch = {"step": step, **progress.evaluated, **ended}
 
     def _switch(self) -> None:
+        if self.plan.switch_step and self.state.progress.switch is None:
+            self._wrap()  # a fork that switches where it begins, which nobody measured as the switch
+            self._evaluate(self.plan.switch_step)
         report = at_low_rank(self.state)
         self._wrap()
         self.reporter.switched(report)
