@@ -22,7 +22,7 @@ from typing import Any
 from relora.lab.plan import Outcome
 from relora.lab.study import Cell
 from relora.train.recipe_io import write_recipe
-from relora.train.run_folder import METRICS, SUMMARY, note_origin
+from relora.train.run_folder import METRICS, NONFINITE, SUMMARY, note_origin
 from relora.train.saved import CHECKPOINTS, MODEL_CONFIG, TOKENIZER
 
 NON_FINITE_CODE = 5
@@ -106,7 +106,9 @@ class CellFiles:
             name = self.switch_checkpoint.name
             for source in (MODEL_CONFIG, TOKENIZER, f"{CHECKPOINTS}/{name}"):
                 shutil.copytree(donor.run / source, part / source)
-            shutil.copy2(donor.run / METRICS, part / METRICS)
+            for log in (METRICS, NONFINITE):
+                if (donor.run / log).is_file():
+                    shutil.copy2(donor.run / log, part / log)
             note_origin(part, donor.run, name)
             write_recipe(self.cell.recipe, part / "recipe.toml")
             write_json(self.beside(".shared.json"), {"donor": donor.cell.name})
