@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results.json"
 NAMES = {
     "full": "full rank",
     "lora": "LoRA after the same warm start",
-    "relora-both": "ReLoRA, both factors (the paper's form, scaling 1)",
+    "relora-both": "ReLoRA, both factors (the paper's form)",
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
     "relora-cold": "the sign step from cold, without a warm start",
@@ -64,7 +64,7 @@ def chosen(cells: list[dict]) -> dict[str, list[dict]]:
         for cell in cells:
             is_comparable = arm == "full" or rest_rate(cell) == rest_rate(best["full"][0])
             if cell["arm"] == arm and is_comparable:
-                by_settings.setdefault(json.dumps(cell["overrides"]), []).append(cell)
+                by_settings.setdefault(cell["cell"].rpartition("-s")[0], []).append(cell)
         if by_settings:
             best[arm] = min(
                 by_settings.values(), key=lambda runs: (-len(runs), mean(c["eval/loss"] for c in runs))
