@@ -20,6 +20,7 @@ data.vocab_size = 300
 data.seq_len = 16
 data.heldout_fraction = 0.2
 schedule.warmup_steps = 1
+train.precision = "fp32"
 train.batch_size = 2
 train.micro_batch_size = 2
 eval.sequences = 4

@@ -322,6 +322,11 @@ def test_foreign_folder_is_not_touched(tmp_path: Path) -> None:
     assert (recipe.run.folder / "thesis.tex").read_text() == "precious"
 
 
+def test_a_run_of_one_cycle_says_that_nothing_restarts(tmp_path: Path, capfd) -> None:
+    fit(tiny_recipe(tmp_path, train={"steps": 6}))
+    assert "no restarts: the low-rank phase is one cycle, which trains as LoRA does" in capfd.readouterr().err
+
+
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, train={"steps": 6})
     fit(recipe)

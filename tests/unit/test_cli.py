@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from relora import __version__
-from relora.cli import train as train_verb
+from relora.cli import arguments
 from relora.cli.arguments import split_settings
 from relora.cli.main import VERBS, main
 from relora.cli.output import print_json, print_result, stdout_for_result
@@ -324,17 +324,17 @@ def test_message_has_no_box_around_it_whatever_the_terminal(encoding, monkeypatc
     [(ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NonFiniteError, 5), (OptimizerResetError, 1)],
 )
 def test_our_errors_have_their_exit_codes(error, code, monkeypatch, capsys):
-    monkeypatch.setattr(train_verb, "load_recipe", raising(error("cause, place, remedy")))
+    monkeypatch.setattr(arguments, "load_recipe", raising(error("cause, place, remedy")))
     assert error_of(capsys, "train", code=code) == "relora: cause, place, remedy\n"
 
 
 def test_interrupt_outside_training_is_130(monkeypatch, capsys):
-    monkeypatch.setattr(train_verb, "load_recipe", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(arguments, "load_recipe", raising(KeyboardInterrupt()))
     assert error_of(capsys, "train", code=130) == "relora: interrupted\n"
 
 
 def test_unexpected_exception_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(train_verb, "load_recipe", raising(ZeroDivisionError("a defect")))
+    monkeypatch.setattr(arguments, "load_recipe", raising(ZeroDivisionError("a defect")))
     with pytest.raises(ZeroDivisionError, match="a defect"):
         main(["train"])
 

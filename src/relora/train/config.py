@@ -151,9 +151,9 @@ class Recipe:
                 f"{least_steps(warm_start)} steps after the warm-up at least, not {warm_start}",
             ),
             (
-                cycle < steps - warm_start or not restarts,
-                f"relora.restart_every must be less than the {steps - warm_start} steps of the low-rank "
-                f"phase, not {cycle}: nothing would restart",
+                cycle <= steps - warm_start or not restarts,
+                f"relora.restart_every must be at most the {steps - warm_start} steps of the low-rank phase, "
+                f"not {cycle}",
             ),
             (
                 rewarmup < shortest or not (rewarmup and restarts),

@@ -72,6 +72,8 @@ class Reporter:
             self.say(f"no restart after step {step}: the run would end before its re-warm does")
         for step in self._plan.restart_steps[-1:]:
             self.say(f"{len(self._plan.restart_steps)} restarts, the last after step {step}")
+        if recipe.spec.restarts and not self._plan.restart_steps:
+            self.say("no restarts: the low-rank phase is one cycle, which trains as LoRA does")
 
     def say(self, text: str) -> None:
         """Write a line that stays on the screen."""
