@@ -10,7 +10,9 @@ import argparse
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from relora.lab.statistics import paired_difference, spread
 
 RESULTS = Path(__file__).parent / "results.json"
 NAMES = {
@@ -43,11 +45,21 @@ def main() -> None:
         print(f"| {cell['arm']} | {settings} | {cell['eval/loss']:.4f} | {cell['eval/perplexity']:.2f} |")
     best = chosen(cells)
     print("\n## At the chosen settings\n\n| arm | seeds | perplexity | over full rank |\n|---|---|---|---|")
-    full = {cell["seed"]: cell["eval/loss"] for cell in best["full"]}
     for arm, runs in best.items():
         perplexities = [math.exp(cell["eval/loss"]) for cell in runs]
-        ratios = [math.exp(cell["eval/loss"] - full[cell["seed"]]) for cell in runs if cell["seed"] in full]
-        print(f"| {NAMES[arm]} | {len(runs)} | {spread(perplexities)} | {spread(ratios, digits=3)} |")
+        print(
+            f"| {NAMES[arm]} | {len(runs)} | {in_words(perplexities)} | "
+            f"{in_words(ratios(runs, best['full']), digits=3)} |"
+        )
+    print("\n## Every setting with several seeds, paired by seed\n")
+    print("| settings | over full rank, by seed | mean | nat over full rank, 95 % | nat over LoRA, 95 % |")
+    print("|---|---|---|---|---|")
+    for name, runs in comparable(cells, best["full"]).items():
+        if len(runs) > 1:
+            over = ratios(runs, best["full"])
+            by_seed = ", ".join(f"{ratio:.3f}" for ratio in over)
+            intervals = " | ".join(interval(runs, best[base]) for base in ("full", "lora"))
+            print(f"| {name} | {by_seed} | {in_words(over, digits=3)} | {intervals} |")
     if arguments.plot:
         draw(best, arguments.plot)
 
@@ -60,11 +72,8 @@ def chosen(cells: list[dict]) -> dict[str, list[dict]]:
     """
     best: dict[str, list[dict]] = {}
     for arm in NAMES:
-        by_settings: dict[str, list[dict]] = {}
-        for cell in cells:
-            is_comparable = arm == "full" or rest_rate(cell) == rest_rate(best["full"][0])
-            if cell["arm"] == arm and is_comparable:
-                by_settings.setdefault(cell["cell"].rpartition("-s")[0], []).append(cell)
+        mine = [cell for cell in cells if cell["arm"] == arm]
+        by_settings = comparable(mine, best.get("full", mine))
         if by_settings:
             best[arm] = min(
                 by_settings.values(), key=lambda runs: (-len(runs), mean(c["eval/loss"] for c in runs))
@@ -72,15 +81,43 @@ def chosen(cells: list[dict]) -> dict[str, list[dict]]:
     return best
 
 
+def comparable(cells: list[dict], full: list[dict]) -> dict[str, list[dict]]:
+    """Return the runs of each setting, by its name; of full rank all, of others those at its rest rate."""
+    found: dict[str, list[dict]] = {}
+    for cell in cells:
+        if cell["arm"] == "full" or rest_rate(cell) == rest_rate(full[0]):
+            found.setdefault(cell["cell"].rpartition("-s")[0], []).append(cell)
+    return found
+
+
 def rest_rate(cell: dict) -> object:
     """Return the multiples of the learning rate for embeddings, head and norms."""
     return cell["overrides"]["optim"].get("rest_lr_multiples")
 
 
-def spread(values: list[float], *, digits: int = 2) -> str:
+def losses(runs: list[dict]) -> dict[int, float]:
+    """Return held-out losses by seed."""
+    return {cell["seed"]: cell["eval/loss"] for cell in runs}
+
+
+def ratios(runs: list[dict], base: list[dict]) -> list[float]:
+    """Return the ratios of perplexities, of the seeds that both have, in their order."""
+    mine, theirs = losses(runs), losses(base)
+    return [math.exp(mine[seed] - theirs[seed]) for seed in sorted(mine) if seed in theirs]
+
+
+def interval(runs: list[dict], base: list[dict]) -> str:
+    """Return the mean difference of the loss and its confidence interval in words."""
+    found = paired_difference(losses(runs), losses(base))
+    assert found is not None and found.low is not None and found.high is not None
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def in_words(values: list[float], *, digits: int = 2) -> str:
     """Return mean and standard deviation in words."""
-    deviation = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    found = spread(values)
+    deviation = "" if found.sd is None else f" +- {found.sd:.{digits}f}"
+    return f"{found.mean:.{digits}f}{deviation}"
 
 
 def draw(best: dict[str, list[dict]], path: Path) -> None:

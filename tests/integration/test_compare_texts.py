@@ -4,23 +4,18 @@ import json
 from pathlib import Path
 
 from relora.cli.main import main
+from text_study import DATA, GRID, SMALLER
 from tiny_run import write_text
 
-STUDY = """
+STUDY = f"""
 [study]
 name = "texts"
 base = "base.toml"
 steps = 2
 
 [set]
-data.source = "text"
-data.path = "text"
-data.cache_dir = "cache"
-data.vocab_size = 300
-data.seq_len = 16
-data.heldout_fraction = 0.2
+{DATA.replace("FOLDER/", "")}
 schedule.warmup_steps = 1
-train.precision = "fp32"
 train.batch_size = 2
 train.micro_batch_size = 2
 eval.sequences = 4
@@ -51,15 +46,14 @@ def test_only_a_new_text_is_trained_on_and_another_text_or_split_is_refused(tmp_
     assert compare(STUDY) == 0
     (first,) = Path("out").glob("cells/*/summary.json")
     trained = first.stat().st_mtime_ns
-    with_other = STUDY + '[methods.smaller]\nmethod = "full"\nset = { data.vocab_size = 280 }\n'
-    assert compare(with_other) == 0
+    assert compare(STUDY + SMALLER) == 0
     assert first.stat().st_mtime_ns == trained
     results = json.loads(Path("out/study.json").read_text())
     assert [facts["section"]["vocab_size"] for facts in results["data"]] == [300, 280]
     assert [cell["status"] for cell in results["cells"]] == ["finished"] * 2
 
     before = files()
-    assert compare(STUDY + "grid = { optim.lr = [1e-3, 2e-3] }\n") == 2
+    assert compare(STUDY + GRID) == 2
     assert "tuning.fraction was 0" in capsys.readouterr().err
     assert files() == before
 

@@ -11,27 +11,20 @@ from relora.lab.plan import predicted
 from relora.lab.study import Cell, recipe_fields
 from relora.lab.study_file import build_study
 from relora.lab.texts import StudyTexts
+from text_study import DATA, GRID, SMALLER
 from tiny_run import write_text
 
-STUDY = """
+STUDY = f"""
 [study]
 name = "texts"
 steps = 20
 
 [set]
-train.precision = "fp32"
-data.source = "text"
-data.path = "FOLDER/text"
-data.cache_dir = "FOLDER/cache"
-data.vocab_size = 300
-data.seq_len = 16
-data.heldout_fraction = 0.2
+{DATA}
 schedule.warmup_steps = 2
 
 [methods.full]
 """
-SMALLER = '[methods.smaller]\nmethod = "full"\nset = { data.vocab_size = 280 }\n'
-GRID = "grid = { optim.lr = [1e-3, 2e-3] }\n"
 
 
 def cells_of(folder: Path, more: str = "") -> list[Cell]:

@@ -137,17 +137,17 @@ def parse_with_recipe(
         HelpShown: if they asked for help.
     """
     others, overrides = split_settings(words)
-    shown = vars(_recipe_for_help(kind, others))
+    shown = vars(_recipe_for_help(kind, others, verb=verb))
     arguments = parse(kind, others, verb=verb, sections={name: shown[name] for name in only})
     return arguments, load_recipe(arguments.recipe, overrides)
 
 
-def _recipe_for_help(kind: type[RecipeKind], words: Sequence[str]) -> Recipe:
+def _recipe_for_help(kind: type[RecipeKind], words: Sequence[str], *, verb: str) -> Recipe:
     """Return the recipe whose values the help shows as defaults: the one named before --help, if any."""
     others = [word for word in words if word not in _HELP]
     if not _HELP & set(words) or not others:
         return Recipe()
-    named = parse(kind, others, verb="help").recipe
+    named = parse(kind, others, verb=verb).recipe
     return load_recipe(named) if named in others else Recipe()
 
 
