@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from relora.train.allocator import keep_freed_memory
 from relora.train.precision import Resolved, resolve_precision
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = ("src", "recipes", "benchmarks/*.py")
 """What decides a result, from the repository's root."""
 _ROOT = Path(__file__).parents[1]
+KEEPS_FREED_MEMORY = keep_freed_memory(os.environ)
+"""Every benchmark allocates as the trainer's processes do."""
 _PACKAGES = ("relora", "torch", "transformers", "tokenizers", "peft", "galore-torch", "bitsandbytes")
 
 
@@ -38,6 +41,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "keeps_freed_memory": KEEPS_FREED_MEMORY,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
