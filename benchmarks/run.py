@@ -24,6 +24,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 NO_GPU = 2
+SIZED = ("factored", "effective", "auto", "one-sided", "PEFT LoRA", "GaLore")
+"""Compared at every size; training the factors alone is compared at one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +41,20 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "steps": Benchmark(
-        words=("steps.py", "--hidden", "1024", "--ratios", "16", "4"), minutes=12, is_bar=True
-    ),
+    "steps": Benchmark(words=("steps.py", "--hidden", "1024"), minutes=20, is_bar=True),
+    "step_profile": Benchmark(words=("step_profile.py",), minutes=3, is_bar=True),
     "overhead": Benchmark(words=("overhead.py",), minutes=3, is_bar=True),
     "restart": Benchmark(words=("restart.py",), minutes=8, is_bar=True),
     "low_rank_linear": Benchmark(words=("low_rank_linear.py", "--hidden", "1024"), minutes=2, is_bar=True),
-    "steps_never_slower": Benchmark(
-        words=("steps.py", "--ratios", "8", "32", "--methods", "auto", "one-sided"), minutes=10, is_bar=True
-    ),
+    "plan_accuracy": Benchmark(words=("plan_accuracy.py",), minutes=10),
     "startup": Benchmark(words=("startup.py",), minutes=12),
     "data_speed": Benchmark(words=("data_speed.py",), minutes=8),
     "checkpoint_speed": Benchmark(words=("checkpoint_speed.py",), minutes=4),
     "save_stall": Benchmark(words=("save_stall.py",), minutes=3),
     "kept_activations": Benchmark(words=("kept_activations.py",), minutes=1),
-    "plan_accuracy": Benchmark(words=("plan_accuracy.py",), minutes=2),
-    "steps_all": Benchmark(words=("steps.py",), minutes=75),
+    "steps_other_sizes": Benchmark(
+        words=("steps.py", "--hidden", "512", "256", "2048", "--methods", *SIZED), minutes=40, is_bar=True
+    ),
     "gpu": Benchmark(words=("gpu.py",), minutes=60),
 }
 

@@ -165,6 +165,18 @@ def test_overhead_accounts_for_the_whole_step(quick: Quick) -> None:
     assert sum(row["shares"].values()) + row["overhead_mean"] == pytest.approx(1)
 
 
+def test_step_profile_finds_the_products_of_the_wrapped_layers(quick: Quick) -> None:
+    (cell,) = quick("step_profile")["cells"]
+    gflops = {name: row["gflops"] for name, row in cell["methods"].items()}
+    # Forward and input gradient remain of three products a layer; rank-wide ones come in the third's place.
+    assert gflops["effective"]["wide products"] == pytest.approx(gflops["full"]["wide products"] * 2 / 3)
+    assert gflops["full"]["narrow products"] == 0
+    assert 0 < gflops["one-sided"]["narrow products"] < gflops["effective"]["narrow products"]
+    assert gflops["effective"]["other products"] == pytest.approx(gflops["full"]["other products"])
+    bounds = [cell["methods"][name]["bound"] for name in ("full", "effective", "one-sided")]
+    assert bounds[0] == 1 and bounds[1] < bounds[2]
+
+
 @pytest.mark.parametrize("name", ["low_rank_linear", "kept_activations", "save_stall", "plan_accuracy"])
 def test_other_benchmarks_run(name: str, quick: Quick) -> None:
     quick(name)
