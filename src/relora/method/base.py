@@ -116,7 +116,11 @@ class FrozenBase(nn.Module):
 
     def master_rows(self, rows: slice) -> Tensor:
         """Return the base at merge precision: (rows, in_features), at least float32."""
-        return self._master.read(self.weight_rows(rows), self._residual_rows(rows))
+        residual = self._residual_rows(rows)
+        if self._codec is not None:  # the residual is the value: nothing need be decoded
+            assert residual is not None
+            return residual
+        return self._master.read(self.weight_rows(rows), residual)
 
     def write_master_rows_(self, rows: slice, value: Tensor) -> None:
         """Store the base at merge precision; call `claim_residual_` after the last block."""

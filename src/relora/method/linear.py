@@ -184,11 +184,12 @@ class LoRALinear(FrozenBase):
         return {"decoder": self._codec, "is_transposed": self.is_transposed and self._codec is None}
 
     @torch.no_grad()
-    def delta(self, rows: slice = slice(None)) -> Tensor:
+    def delta(self, rows: slice = slice(None), *, lora_A: Tensor | None = None) -> Tensor:
         """Return scaling * lora_B @ lora_A, the update of this cycle so far.
 
         Args:
             rows: Which output features to compute.
+            lora_A: lora_A in `merge_dtype`, from whoever asks for one block of rows after the other.
 
         Returns:
             (out_features, in_features), or the rows asked for, in `merge_dtype`.
@@ -196,7 +197,9 @@ class LoRALinear(FrozenBase):
         dtype = self.merge_dtype
         with torch.autocast(self.weight.device.type, enabled=False):
             scaling = self.scaling.to(dtype) if isinstance(self.scaling, Tensor) else self.scaling
-            return (self.lora_B[rows].to(dtype) * scaling) @ self.lora_A.to(dtype)
+            return (self.lora_B[rows].to(dtype) * scaling) @ (
+                self.lora_A.to(dtype) if lora_A is None else lora_A
+            )
 
     @torch.no_grad()
     def reinit_(self, *, seed: int, restart_index: int) -> None:

@@ -119,30 +119,49 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
 
 
 def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
+    """Tell whether all merged weights would be finite: by a bound, which costs no product, or one by one."""
+    if _bound(layer, keep) < torch.finfo(layer.value_dtype).max / 2:
+        return True
+    lora_A = layer.lora_A.to(layer.merge_dtype)
     finite = [
-        _target(layer, rows, keep)[0].to(layer.value_dtype).isfinite().all() for rows in layer.row_blocks()
+        _sum(layer.master_rows(rows), layer.delta(rows, lora_A=lora_A), keep)
+        .to(layer.value_dtype)
+        .isfinite()
+        .all()
+        for rows in layer.row_blocks()
     ]
     return bool(torch.stack(finite).all())
 
 
-def _target(layer: LoRALinear, rows: slice, keep: float) -> tuple[Tensor, Tensor]:
-    """Return rows of the wanted master and of the delta, in the delta's dtype."""
-    delta = layer.delta(rows)
-    return (layer.master_rows(rows).to(delta.dtype) * keep).add_(delta), delta
+def _bound(layer: LoRALinear, keep: float) -> float:
+    """Return what no merged weight exceeds in size (Cauchy and Schwarz); not finite if something is not."""
+    of_delta = norm(layer.lora_B, dim=1).amax() * norm(layer.lora_A, dim=0).amax() * layer.scaling
+    of_base = torch.stack([norm(layer.master_rows(rows), math.inf) for rows in layer.row_blocks()]).amax()
+    return float(of_base * keep + of_delta.abs())
+
+
+def _sum(base: Tensor, delta: Tensor, keep: float) -> Tensor:
+    """Return keep * base + delta in the delta's dtype, a new tensor."""
+    total = base.to(delta.dtype, copy=True)
+    return (total if keep == 1 else total.mul_(keep)).add_(delta)
 
 
 def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
     sums = torch.zeros(2, dtype=layer.merge_dtype, device=layer.weight.device)
     peaks = torch.zeros_like(sums)
+    lora_A = layer.lora_A.to(layer.merge_dtype)
     for rows in layer.row_blocks():
-        target, delta = _target(layer, rows, keep)
-        function = (layer.weight_rows(rows).to(delta.dtype) * keep).add_(delta)
+        delta = layer.delta(rows, lora_A=lora_A)
+        target = _sum(layer.master_rows(rows), delta, keep)
+        function = _sum(layer.weight_rows(rows), delta, keep)
+        sizes, largest = [norm(delta)], [norm(delta, math.inf)]
+        del delta
         layer.write_master_rows_(rows, target)
         # What was wanted makes room for what is missing.
-        lost = torch.sub(layer.master_rows(rows).to(delta.dtype), target, out=target)
-        change = torch.sub(layer.weight_rows(rows).to(delta.dtype), function, out=function)
-        sums += torch.stack([norm(delta), norm(lost)]).square()
-        peaks = torch.maximum(peaks, torch.stack([norm(delta, math.inf), norm(change, math.inf)]))
+        sizes.append(norm(target.sub_(layer.master_rows(rows))))
+        largest.append(norm(function.sub_(layer.weight_rows(rows)), math.inf))
+        sums += torch.stack(sizes).square()
+        peaks = torch.maximum(peaks, torch.stack(largest))
     layer.claim_residual_()
     delta_norm, lost_norm = (math.sqrt(value) for value in sums.tolist())
     max_abs_delta, max_function_change = peaks.tolist()

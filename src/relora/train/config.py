@@ -85,6 +85,10 @@ class Recipe:
             return self.train.steps
         return (self.train.tokens or 0) // self.tokens_per_step
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Tell whether a step is one of every so many (0: none), or the last."""
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
     @property
     def switch_step(self) -> int | None:
         """The step after which the model trains at low rank (0: from the first), or None if it never does."""

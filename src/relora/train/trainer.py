@@ -9,21 +9,19 @@ from transformers import PreTrainedModel
 from relora.data.batches import TokenBatches
 from relora.data.prepared import PreparedData
 from relora.errors import NonFiniteError
-from relora.method.restart_report import RestartReport
-from relora.train.evaluate import evaluate
+from relora.train.accounts import Accounts
 from relora.train.guard import Guard, Past
 from relora.train.loss import TokenLoss
 from relora.train.memory import memory_errors
 from relora.train.parallel import Processes
 from relora.train.phase import Plan
-from relora.train.plateau import take_loss_
 from relora.train.reporting import Reporter
 from relora.train.result import TrainResult
 from relora.train.run_folder import OpenedRun
 from relora.train.saving import Saver
 from relora.train.setup import at_low_rank, save_model_files, state_to_begin_with
 from relora.train.signals import Requests, stop_signal
-from relora.train.step import StepResult, train_step_
+from relora.train.step import train_step_
 from relora.train.summary import peak_memory_bytes, summarise
 
 
@@ -36,7 +34,6 @@ class Trainer:
         self.opened, self.data, self.here, self.requests = opened, data, here, requests
         self.recipe = recipe = opened.recipe
         self.plan = Plan(recipe=recipe)
-        self.steepness: float | None = None
         with memory_errors(recipe, None, "the model"):
             self.state, self.precision, why = state_to_begin_with(opened, self.plan, data, here, past)
         left_out = self.state.method.catch_up()
@@ -48,9 +45,18 @@ class Trainer:
             with memory_errors(recipe, self.state, "the model"):
                 self._wrap()
             self._say_obstacle()
+        self.accounts = Accounts(
+            plan=self.plan,
+            state=self.state,
+            data=data,
+            here=here,
+            guard=self.guard,
+            reporter=self.reporter,
+            precision=self.precision,
+        )
         self.saver = Saver(opened, self.plan, here, self.reporter, precision=self.precision)
         if left_out is not None:
-            self._count_restart(left_out)
+            self.accounts.count_restart(left_out)
             self.reporter.caught_up(left_out)
 
     def run(self) -> TrainResult:
@@ -75,8 +81,8 @@ class Trainer:
                 progress.wall_s = before_s + time.perf_counter() - begun
                 self.saver.check()
                 stop = stop_signal(flags)
-                save_due = self._is_due(step, self.recipe.checkpoint.every) or step == plan.switch_step
-                if save_due or stop is not None or flags[-1]:
+                save_due = self.recipe.is_due(step, self.recipe.checkpoint.every)
+                if save_due or step == plan.switch_step or stop is not None or flags[-1]:
                     self._save(wait=stop is not None)
                 if stop is not None and step < self.recipe.total_steps:
                     return self._stopped(stop)
@@ -108,71 +114,22 @@ class Trainer:
             after_backward=state.method.after_backward,
             flags=self.requests.take() if self.here.world_size > 1 else (),
         )
-        self._count(step, result)
+        self.accounts.count(step, result)
         try:
             restart = state.method.after_step(step)
         except NonFiniteError as error:
             raise self.guard.not_finite(step, error) from error
         if restart is not None:
-            self._count_restart(restart)
-        progress.step = step
-        progress.tokens += recipe.tokens_per_step
-        self._record(step, result)
+            self.accounts.count_restart(restart)
+        self.accounts.finished(step, result, self.loss)
         self.reporter.step(restart)
         # Alone, what came in during the step counts too; among others, what all of them know.
         return result.flags if self.here.world_size > 1 else self.requests.take()
 
-    def _count(self, step: int, result: StepResult) -> None:
-        """Add the step's loss to those that are waiting to be logged, unless the step was refused."""
-        progress = self.state.progress
-        if not result.is_applied:
-            self.reporter.say(self.guard.step_not_finite(step, result))
-            self.state.method.step_refused(step)
-            return
-        progress.nonfinite_in_row = 0
-        progress.loss_sum += result.loss
-        progress.loss_steps += 1
-        if self.plan.watches_loss(step):
-            self._watch_plateau(step, result.loss)
-        self.reporter.effect(self.state.watch.loss(step, result.loss))
-
-    def _watch_plateau(self, step: int, loss: float) -> None:
-        """End the warm start with this step, if its losses say so; every rank has the same."""
-        progress, longest = self.state.progress, self.recipe.switch_step or 0
-        means, pending = progress.warm_start_means, progress.warm_start_pending
-        found = take_loss_(means, pending, loss, longest=longest)
-        if found is not None:
-            self.plan.ended_at, self.steepness = step, found
-            self.reporter.say(f"the warm start ends at step {step} of {longest}: steepness {found:.2f}")
-
-    def _record(self, step: int, result: StepResult) -> None:
-        """Measure and log where that is due."""
-        is_evaluated = self._is_due(step, self.recipe.eval.every) or step == self.plan.switch_step
-        if is_evaluated:
-            self._evaluate(step)
-        if is_evaluated or step == 1 or self._is_due(step, self.recipe.log.every):
-            self.reporter.record(grad_norm=result.grad_norm, is_evaluated=is_evaluated)
-
-    def _evaluate(self, step: int) -> None:
-        progress = self.state.progress
-        progress.evaluated = evaluate(
-            self.loss,
-            self.data,
-            self.here,
-            seq_len=self.recipe.data.seq_len,
-            batch_size=self.recipe.train.micro_batch_size,
-            sequences=self.recipe.eval.sequences,
-            split=self.recipe.eval.split,
-            precision=self.precision,
-        ).as_metrics()
-        if step == self.plan.switch_step:
-            ended = {} if self.steepness is None else {"steepness": self.steepness}
-            progress.switch = {"step": step, **progress.evaluated, **ended}
-
     def _switch(self) -> None:
         if self.plan.switch_step and self.state.progress.switch is None:
             self._wrap()  # a fork that switches where it begins, which nobody measured as the switch
-            self._evaluate(self.plan.switch_step)
+            self.accounts.evaluate(self.plan.switch_step, self.loss)
         report = at_low_rank(self.state)
         self._wrap()
         self.reporter.switched(report)
@@ -187,13 +144,6 @@ class Trainer:
     def _say_obstacle(self) -> None:
         if self.loss.obstacle is not None:
             self.reporter.say(f"the loss is not taken in chunks: {self.loss.obstacle}")
-
-    def _count_restart(self, restart: RestartReport) -> None:
-        self.state.progress.restarts = restart.restart_index
-        self.reporter.effect(self.state.watch.restarted(restart.step))
-
-    def _is_due(self, step: int, every: int) -> bool:
-        return step == self.recipe.total_steps or (every > 0 and step % every == 0)
 
     def _save(self, *, wait: bool = False) -> None:
         progress = self.state.progress
