@@ -35,7 +35,7 @@ PLACES: dict[str, list[Any]] = {
     "in reinit": ["reinit_", "call", 24],
     "between merge and optimizer reset": ["reset_optimizer_state_", "call", 2],
     "in an optimizer reset": ["reset_optimizer_state_", "return", 1],
-    "between a restart and its line": ["_count_restart", "return", 2],
+    "between a restart and its line": ["count_restart", "return", 2],
     "in logging a restart": ["amend", "call", 1],
     "between backward and update": ["agree", "return", 8],
     "in an update": ["_fused_adam", "return", 7],

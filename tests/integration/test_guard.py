@@ -21,6 +21,7 @@ from relora.train.model import build_model
 from relora.train.recipe_io import write_recipe
 from relora.train.state import SavedState
 from relora.train.trainer import Trainer
+from relora.train.training_method import Restarting
 from tiny_run import tiny_recipe, write_text
 
 
@@ -225,13 +226,14 @@ def die_after(recipe: Recipe, last_step: int, monkeypatch: pytest.MonkeyPatch) -
 
 def spoil_factors_before_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage a factor in memory, as a failing chip would, after the update of step 6."""
-    real = Trainer._count
+    real = Restarting.after_step
 
-    def spoiling(self: Trainer, step: int, result):
-        real(self, step, result)
+    def spoiling(self: Restarting, step: int):
         if step == 6:
-            factor = next(p for n, p in self.state.model.named_parameters() if n.endswith("lora_B"))
+            assert self.restarter is not None
+            factor = next(p for n, p in self.restarter.model.named_parameters() if n.endswith("lora_B"))
             with torch.no_grad():
                 factor[0, 0] = float("inf")
+        return real(self, step)
 
-    monkeypatch.setattr(Trainer, "_count", spoiling)
+    monkeypatch.setattr(Restarting, "after_step", spoiling)

@@ -25,7 +25,7 @@ from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint
 # than the layer itself. A block has this many entries at least, so that a small layer's time is not all
 # Python's; its copies are about a megabyte at most.
 _BLOCKS = 32
-_LEAST_BLOCK_ENTRIES = 1 << 14
+_LEAST_BLOCK_ENTRIES = 3 << 12
 
 
 class FrozenBase(nn.Module):
