@@ -26,8 +26,6 @@ RESULTS = Path(__file__).parent / "results"
 MEASURED = ("src", "recipes", "benchmarks/*.py")
 """What decides a result, from the repository's root."""
 _ROOT = Path(__file__).parents[1]
-KEEPS_FREED_MEMORY = keep_freed_memory(os.environ)
-"""Every benchmark allocates as the trainer's processes do."""
 _PACKAGES = ("relora", "torch", "transformers", "tokenizers", "peft", "galore-torch", "bitsandbytes")
 
 
@@ -41,7 +39,6 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "keeps_freed_memory": KEEPS_FREED_MEMORY,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
@@ -149,7 +146,7 @@ def bar(
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with what every benchmark takes."""
+    """Return a parser with what every benchmark takes; from here on it allocates as the trainer does."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,6 +154,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few rounds: does it run at all?"
     )
+    parser.set_defaults(keeps_freed_memory=keep_freed_memory(os.environ))
     return parser
 
 
@@ -170,7 +168,8 @@ def record(name: str, result: Mapping[str, Any], options: argparse.Namespace) ->
     """Return a result with where it was taken, and write it where asked; a long benchmark does so as it goes,
     so that what it has measured is there if it is stopped.
     """
-    head = {"benchmark": name, "is_quick": options.quick, "is_complete": False, "environment": environment()}
+    where = environment() | {"keeps_freed_memory": options.keeps_freed_memory}
+    head = {"benchmark": name, "is_quick": options.quick, "is_complete": False, "environment": where}
     whole = head | dict(result)
     path: Path | None = options.json
     if path is not None:

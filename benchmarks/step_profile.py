@@ -11,7 +11,6 @@ layers as measured, and lets their products alone shrink to the method's FLOPs, 
 """
 
 import argparse
-import copy
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from common import arguments, note, publish
 from steps import LAYERS
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
-from training import METHODS, Stepper, llama, token_batch
+from training import Stepper, llama, steppers, token_batch
 
 TOKENS = 2048
 PROFILED = ("full", "effective", "one-sided")
@@ -66,14 +65,11 @@ def measure(hidden: int, divisor: int, *, rounds: int) -> dict[str, Any]:
     """Profile every method at one size and rank."""
     rank, plain, batch = hidden // divisor, llama(hidden, LAYERS.get(hidden, 2)), token_batch(TOKENS)
     sides = {TOKENS, hidden, plain.config.intermediate_size}
-    steppers = {}
-    for name in PROFILED:
-        model = copy.deepcopy(plain)
-        steppers[name] = Stepper(model, METHODS[name].prepare(model, rank), batch, precision="fp32")
+    each = steppers(plain, PROFILED, rank=rank, tokens=batch, precision="fp32")
     times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in PROFILED}
     flops: dict[str, Counter[str]] = {}
     for index in range(rounds + 2):
-        for name, stepper in steppers.items():
+        for name, stepper in each.items():
             spent, flops[name] = profiled(stepper, sides=sides, rank=rank)
             for kind in KINDS if index >= 2 else ():
                 times[name][kind].append(spent[kind])

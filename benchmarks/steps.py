@@ -7,15 +7,16 @@ stack of LLaMA decoder layers. Methods take turns within a round; a speed is the
 ratio within a round. Its limit is the ratio of the FLOPs counted in the steps themselves: the matrix products
 of layers, attention, head and optimizer. PEFT LoRA trains its factors alone, so it is compared with ReLoRA
 training the same ("factors only"). GaLore's projectors are made in a first step, which is given apart: the
-timed steps have no refresh. The cells of the bars come first, and the file is written after each cell.
+timed steps have no refresh. The exponents say how a layer's
+seconds grow with hidden_size. The cells of the bars come first, and the file is written after each cell.
 """
 
 import argparse
-import copy
+from collections import defaultdict
 from typing import Any, cast
 
-from common import arguments, bar, chosen_precisions, interleaved, note, publish, ratios, record
-from training import METHODS, Stepper, llama, token_batch, wrapped_matrices
+from common import arguments, bar, chosen_precisions, exponent, interleaved, note, publish, ratios, record
+from training import METHODS, llama, steppers, token_batch, wrapped_matrices
 
 from relora.train.precision import Resolved
 
@@ -40,13 +41,10 @@ def measure(
     rank, num_layers = hidden // divisor, LAYERS.get(hidden, 2)
     plain, batch = llama(hidden, num_layers), token_batch(tokens)
     wrapped = sum(weight.numel() for weight in wrapped_matrices(plain))
-    steppers = {}
-    for name in methods:
-        model = copy.deepcopy(plain)
-        steppers[name] = Stepper(model, METHODS[name].prepare(model, rank), batch, precision=precision)
-    first = interleaved(steppers, rounds=1, warmup=0)
-    flops = {name: stepper.flops() for name, stepper in steppers.items()}
-    times = interleaved(steppers, rounds=rounds)
+    each = steppers(plain, methods, rank=rank, tokens=batch, precision=precision)
+    first = interleaved(each, rounds=1, warmup=0)
+    flops = {name: stepper.flops() for name, stepper in each.items()}
+    times = interleaved(each, rounds=rounds)
     full_flops = flops["full"]
     rows: dict[str, Any] = {name: {"first_step_s": first[name][0], "flops": flops[name]} for name in methods}
     for base in {"full", "PEFT LoRA"} & set(methods):
@@ -83,6 +81,20 @@ def bars(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for method in NEVER_SLOWER:
                 found += _bar(cell, f"{place}: {method} not slower than full", method, "full", 1.0)
     return found
+
+
+def growth(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the exponents over hidden_size of a layer's seconds, by method, ratio and precision."""
+    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for cell in cells:
+        for name, row in cell["methods"].items():
+            what = f"{name}, r/d 1/{cell['divisor']}, {cell['precision']}"
+            points[what].append((cell["hidden_size"], row["median_s"] / cell["num_layers"]))
+    return {
+        what: exponent(*zip(*found, strict=True))
+        for what, found in points.items()
+        if len({hidden for hidden, _ in found}) > 1
+    }
 
 
 def _bar(cell: dict[str, Any], what: str, method: str, base: str, least: float) -> list[dict[str, Any]]:
@@ -138,6 +150,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "absent": {name: why for name, why in obstacles.items() if why is not None} | left_out,
         "bars": [],
+        "exponents": {},
         "cells": [],
     }
     for hidden in options.hidden:
@@ -154,6 +167,7 @@ def main() -> None:
                 show(cell)
                 result["cells"].append(cell)
                 result["bars"] = bars(result["cells"])
+                result["exponents"] = growth(result["cells"])
                 record("steps", result, options)
     publish("steps", result, options)
 

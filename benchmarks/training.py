@@ -4,9 +4,10 @@ A method takes a plain LLaMA and returns the optimizer that trains it. The step 
 of them: forward, backward, clipping of the gradient, update.
 """
 
+import copy
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,6 +92,17 @@ class Stepper:
         with LiveBytes() as live:
             self()
         return live.flops
+
+
+def steppers(
+    plain: PreTrainedModel, names: Iterable[str], *, rank: int, tokens: Tensor, precision: Resolved
+) -> dict[str, Stepper]:
+    """Return a copy of a model in training by each of some methods."""
+    found = {}
+    for name in names:
+        model = copy.deepcopy(plain)
+        found[name] = Stepper(model, METHODS[name].prepare(model, rank), tokens, precision=precision)
+    return found
 
 
 def restarter(stepper: Stepper) -> Callable[[], RestartReport]:
