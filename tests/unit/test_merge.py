@@ -343,3 +343,17 @@ def test_a_merge_that_would_overflow_float16_is_refused() -> None:
     with pytest.raises(NonFiniteError):
         merge_and_reinit_(layer, seed=0, restart_index=1)
     assert same_bits(snapshot(layer), before)
+
+
+def test_large_factors_whose_product_is_small_are_merged() -> None:
+    # Beyond what the bound on the merged weight can tell: decided entry by entry.
+    layer = linear(9, 7).half()
+    inject(layer, R3)
+    assert isinstance(layer, LoRALinear)
+    with torch.no_grad():
+        layer.lora_B.fill_(1e-2)
+        layer.lora_B[:, 0] = 1e6
+        layer.lora_A[0] = 0
+    wanted = layer.weight.double() + layer.delta()
+    merge_and_reinit_(layer, seed=0, restart_index=1)
+    torch.testing.assert_close(layer.master_rows(slice(None)).double(), wanted, rtol=1e-6, atol=1e-7)

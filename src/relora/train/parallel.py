@@ -34,7 +34,7 @@ class Processes:
     patient_group: dist.ProcessGroup | None = None
     """Waits as long as the main process takes, which may read and tokenise for hours."""
     keeps_freed_memory: bool = False
-    """Whether the C allocator keeps what a step frees for the next, which is faster on a CPU."""
+    """Whether the C allocator keeps what a step frees for the next; on a CPU only."""
 
     @property
     def is_main(self) -> bool:
