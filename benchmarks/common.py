@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from relora.train.allocator import keep_freed_memory
 from relora.train.precision import Resolved, resolve_precision
 
 RESULTS = Path(__file__).parent / "results"
@@ -146,7 +145,7 @@ def bar(
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with what every benchmark takes; from here on it allocates as the trainer does."""
+    """Return a parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,7 +153,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few rounds: does it run at all?"
     )
-    parser.set_defaults(keeps_freed_memory=keep_freed_memory(os.environ))
     return parser
 
 
@@ -168,8 +166,12 @@ def record(name: str, result: Mapping[str, Any], options: argparse.Namespace) ->
     """Return a result with where it was taken, and write it where asked; a long benchmark does so as it goes,
     so that what it has measured is there if it is stopped.
     """
-    where = environment() | {"keeps_freed_memory": options.keeps_freed_memory}
-    head = {"benchmark": name, "is_quick": options.quick, "is_complete": False, "environment": where}
+    head = {
+        "benchmark": name,
+        "is_quick": options.quick,
+        "is_complete": False,
+        "environment": environment(),
+    }
     whole = head | dict(result)
     path: Path | None = options.json
     if path is not None:

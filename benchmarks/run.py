@@ -46,7 +46,6 @@ BENCHMARKS = {
     "overhead": Benchmark(words=("overhead.py",), minutes=3, is_bar=True),
     "restart": Benchmark(words=("restart.py",), minutes=8, is_bar=True),
     "low_rank_linear": Benchmark(words=("low_rank_linear.py", "--hidden", "1024"), minutes=2, is_bar=True),
-    "freed_memory": Benchmark(words=("freed_memory.py",), minutes=8),
     "plan_accuracy": Benchmark(words=("plan_accuracy.py",), minutes=10),
     "startup": Benchmark(words=("startup.py",), minutes=12),
     "data_speed": Benchmark(words=("data_speed.py",), minutes=8),

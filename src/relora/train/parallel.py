@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relora.errors import ConfigError, ReLoRAError
-from relora.train.allocator import keep_freed_memory
 from relora.train.sections import Strategy
 
 Result = TypeVar("Result")
@@ -33,8 +32,6 @@ class Processes:
     device: torch.device
     patient_group: dist.ProcessGroup | None = None
     """Waits as long as the main process takes, which may read and tokenise for hours."""
-    keeps_freed_memory: bool = False
-    """Whether the C allocator keeps what a step frees for the next; on a CPU only."""
 
     @property
     def is_main(self) -> bool:
@@ -139,13 +136,7 @@ def processes(strategy: Strategy) -> Iterator[Processes]:
         dist.init_process_group("nccl" if has_cuda else "gloo")
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        yield Processes(
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            patient_group=patient_group,
-            keeps_freed_memory=not has_cuda and keep_freed_memory(os.environ),
-        )
+        yield Processes(rank=rank, world_size=world_size, device=device, patient_group=patient_group)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

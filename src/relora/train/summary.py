@@ -55,7 +55,6 @@ def summarise(
         "world_size": here.world_size,
         "strategy": here.strategy,
         "precision": precision,
-        "keeps_freed_memory": here.keeps_freed_memory,
         "versions": versions(),
         "switch": progress.switch,
         "method_facts": state.method.facts(),
