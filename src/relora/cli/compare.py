@@ -45,10 +45,11 @@ def run(words: Sequence[str]) -> int:
     """Compare, and return the exit code."""
     arguments = parse(CompareArguments, words, verb="compare")
     with stdout_for_result(only_json=arguments.json):
-        from relora.lab.compare import compare, dry_run, find_study, tables_only
+        from relora.lab.compare import compare, dry_run, tables_only
         from relora.lab.study_file import read_study
+        from relora.lab.study_tables import study_file
 
-        path = find_study(arguments.study)
+        path = study_file(arguments.study)
         study = read_study(path)
         folder = arguments.out or Path("runs") / study.name
         if arguments.tables_only:

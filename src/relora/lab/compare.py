@@ -15,18 +15,6 @@ from relora.lab.texts import StudyTexts
 from relora.train.signals import Requests, stopping_on_signals
 
 
-def find_study(given: Path) -> Path:
-    """Return the file of a study: given, or study.toml in a folder.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    path = given / "study.toml" if given.is_dir() else given
-    if not path.is_file():
-        raise ConfigError(f"{given} is no study: give a study.toml, or a folder that holds one")
-    return path
-
-
 def compare(
     study: Study,
     folder: Path,

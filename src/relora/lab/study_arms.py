@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from relora.lab.study import Arm, arm_named
+from relora.lab.study_tables import Table
 from relora.lab.values import flat, shown
 from relora.train.config import SECTIONS
 from relora.train.methods import method_names, option_annotation, unknown_method
 from relora.train.recipe_io import nearest
-
-Table = Mapping[str, Any]
 
 _METHOD = {"method": str, "inherit": str, "set": dict, "grid": dict, "vary": dict}
 _DECIDED = {

@@ -1,7 +1,7 @@
 """study.toml -> Study, strictly: whatever is wrong is said at once, with the nearest name.
 
-[study]   name, question, base, steps | tokens (one or several), seeds, references, keep_checkpoints,
-          tokens_per_s
+[study]   like, name, question, base, steps | tokens (one or several), seeds, references,
+          keep_checkpoints, tokens_per_s
 [tuning]  seed, steps | tokens, fraction, search, extend
 [set]     settings of all cells, by section: relora.rank = 32
 [methods.NAME]  method (default NAME), inherit;  [.set] its settings;  [.grid] lists to tune over;
@@ -9,14 +9,14 @@
 """
 
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relora.errors import ConfigError
 from relora.lab.study import Arm, Budget, Search, Study
-from relora.lab.study_arms import PLAIN_NAME, Table, read_arms, read_settings
+from relora.lab.study_arms import PLAIN_NAME, read_arms, read_settings
+from relora.lab.study_tables import Table, read_tables
 from relora.train.checks import UnfitError, fitted
 from relora.train.recipe_io import find_recipe, nearest, read_recipe
 
@@ -47,13 +47,7 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: if it cannot be read, or listing everything that is wrong with it.
     """
-    try:
-        source = path.read_bytes().decode("utf-8")
-        tables = tomllib.loads(source)
-    except OSError as error:
-        raise ConfigError(f"study {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"study {path} is not valid TOML: {error}") from error
+    tables, source = read_tables(path)
     return build_study(tables, source=source, subject=f"study {path}", beside=path.parent)
 
 

@@ -1,0 +1,94 @@
+"""study.toml -> its tables, laid over those of the study it is like.
+
+[study] like = "../main-python" takes everything from that study but its name: keys of [study], [tuning] and
+[set] stand one by one unless they are given anew, a method of [methods] as a whole. A length given anew, in
+steps or tokens, replaces the other kind too.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relora.errors import ConfigError
+
+Table = Mapping[str, Any]
+
+STUDY_FILE = "study.toml"
+_LENGTHS = ("steps", "tokens")
+_BY_KEY = ("study", "tuning", "set")
+
+
+def study_file(given: Path) -> Path:
+    """Return the file of a study: given, or study.toml in a folder.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = given / STUDY_FILE if given.is_dir() else given
+    if not path.is_file():
+        raise ConfigError(f"{given} is no study: give a {STUDY_FILE}, or a folder that holds one")
+    return path
+
+
+def read_tables(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the tables of a study file over those of the studies it is like, and the text of all of them,
+    its own first.
+
+    Raises:
+        ConfigError: if one cannot be read, or a study is like itself.
+    """
+    return _read(path, ())
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
+    try:
+        source = path.read_bytes().decode("utf-8")
+        tables = tomllib.loads(source)
+    except OSError as error:
+        raise ConfigError(f"study {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"study {path} is not valid TOML: {error}") from error
+    head = tables.get("study")
+    if not isinstance(head, dict):
+        return tables, source  # for the reader of studies to refuse
+    if isinstance(base := head.get("base"), str) and (path.parent / base).is_file():
+        head["base"] = str(path.parent / base)
+    like = head.pop("like", None)
+    if like is None:
+        return tables, source
+    if not isinstance(like, str):
+        raise ConfigError(f"study {path}: study.like must be the file or folder of a study, not {like!r}")
+    chain = (*readers, path.resolve())
+    try:
+        other = study_file(path.parent / like)
+    except ConfigError as error:
+        raise ConfigError(f"study {path}: study.like: {error}") from error
+    if other.resolve() in chain:
+        raise ConfigError(f"study {path}: study.like leads back to {other}: a study cannot be like itself")
+    older, older_source = _read(other, chain)
+    older.get("study", {}).pop("name", None)
+    return _laid_over(older, tables), f"{source.rstrip()}\n\n# like = {like!r}:\n\n{older_source}"
+
+
+def _laid_over(older: Table, newer: Table) -> dict[str, Any]:
+    """Return both, the newer where both say something."""
+    merged = {**older, **newer}
+    for name in (*_BY_KEY, "methods"):
+        old, new = older.get(name), newer.get(name)
+        if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+            continue
+        if any(length in new for length in _LENGTHS):
+            old = {key: value for key, value in old.items() if key not in _LENGTHS}
+        merged[name] = _by_key(old, new) if name in _BY_KEY else {**old, **new}
+    return merged
+
+
+def _by_key(old: Table, new: Table) -> dict[str, Any]:
+    """Return both key by key, at any depth."""
+    deeper = {
+        key: _by_key(old[key], value)
+        for key, value in new.items()
+        if isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
+    }
+    return {**old, **new, **deeper}
