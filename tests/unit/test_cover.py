@@ -1,12 +1,12 @@
-"""init="cover": a sweep covers the input space once, as a pure function of (seed, restart_index, name)."""
+"""init="cover", "columns": a sweep covers the input space once, by (seed, restart_index, name) alone."""
 
 import numpy as np
 import pytest
 import torch
 
-from loops import Loop
+from loops import Loop, adamw, batch, tiny_model
 from relora import ReLoRAConfig
-from relora.method.cover import cover_rows
+from relora.method.cover import column_rows, cover_rows
 
 
 def sweep(rank, width, *, number=0, key=(0, "layer")):
@@ -62,8 +62,32 @@ def test_directions_are_uniformly_distributed():
     torch.testing.assert_close(rows.pow(4).mean(0), torch.full((8,), 3 / 80).double(), rtol=0.2, atol=0)
 
 
-def test_a_run_takes_the_blocks_in_order_and_covers_the_space():
-    loop = Loop(ReLoRAConfig(rank=3, factors="B", init="cover", restart_every=2, reset="none"), seed=5)
+@pytest.mark.parametrize(("rank", "width"), [(3, 12), (1, 5), (7, 7), (3, 13), (6, 257)])
+def test_columns_select_every_input_once_a_sweep(rank, width):
+    blocks = -(-width // rank)
+    for number in (0, 1):
+        taken = [column_rows(rank, width, index=number * blocks + i, key=(0, "layer")) for i in range(blocks)]
+        for rows in taken:
+            assert rows.shape == (rank, width) and rows.dtype == torch.float32
+            assert (rows.count_nonzero(1) == 1).all() and (rows.sum(1) == 1).all()
+            assert rows.count_nonzero(0).max() == 1
+        counts = torch.stack(taken).sum((0, 1))
+        assert counts.min() == 1 and (counts == 2).sum() == rank * blocks - width
+
+
+def test_columns_come_in_an_order_of_each_sweep_seed_and_layer():
+    def order(number=0, key=(0, "layer")):
+        blocks = [column_rows(4, 12, index=3 * number + i, key=key) for i in range(3)]
+        return tuple(torch.cat(blocks).argmax(1).tolist())
+
+    orders = {order(), order(number=1), order(key=(1, "layer")), order(key=(0, "other")), tuple(range(12))}
+    assert len(orders) == 5
+    assert order() == order()
+
+
+@pytest.mark.parametrize("init", ["cover", "columns"])
+def test_a_run_takes_the_blocks_in_order_and_covers_the_space(init):
+    loop = Loop(ReLoRAConfig(rank=3, factors="B", init=init, restart_every=2, reset="none"), seed=5)
     seen = [loop.model.up.lora_A.detach().double().clone()]
     for step in range(1, 5):
         loop.run(step, step)
@@ -75,11 +99,11 @@ def test_a_run_takes_the_blocks_in_order_and_covers_the_space():
 
 
 def test_the_matched_scale_is_that_of_orthonormal_rows():
-    cover, plain = (
+    cover, columns, plain = (
         Loop(ReLoRAConfig(rank=3, factors="B", init=init, scaling_rule="matched")).model.up.fixed_scaling
-        for init in ("cover", "orthonormal")
+        for init in ("cover", "columns", "orthonormal")
     )
-    assert cover == plain == pytest.approx((7 / 3) ** 0.5)
+    assert cover == columns == plain == pytest.approx((7 / 3) ** 0.5)
 
 
 def test_the_callers_default_device_and_dtype_do_not_matter():
@@ -91,3 +115,29 @@ def test_the_callers_default_device_and_dtype_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(drawn, wanted)
+
+
+def test_a_cycle_of_columns_at_scaling_1_is_full_ranks_adam_on_those_columns():
+    def plain_adam(model):
+        return adamw(model, weight_decay=0.0)
+
+    config = ReLoRAConfig(
+        rank=3, factors="B", init="columns", targets=("up",), restart_every=100, reset="none"
+    )
+    loop = Loop(config, tiny_model(torch.float64), plain_adam)
+    chosen = loop.model.up.lora_A.detach().argmax(1).tolist()
+    others = [column for column in range(7) if column not in chosen]
+    loop.run(1, 6)
+
+    full = tiny_model(torch.float64)
+    start = full.up.weight.detach().clone()
+    optimizer = plain_adam(full)
+    for step in range(1, 7):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        (full(x.double()) - y).square().mean().backward()
+        full.up.weight.grad[:, others] = 0
+        optimizer.step()
+    merged = loop.model.up.weight + loop.model.up.scaling * loop.model.up.lora_B @ loop.model.up.lora_A
+    assert not torch.equal(merged[:, chosen], start[:, chosen])
+    torch.testing.assert_close(merged, full.up.weight, rtol=1e-6, atol=1e-7)

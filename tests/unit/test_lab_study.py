@@ -13,7 +13,7 @@ from relora.lab.cell_files import CellFiles
 from relora.lab.choice import Tried, beyond, choose
 from relora.lab.compare import dry_run
 from relora.lab.gather import thinned
-from relora.lab.plan import Outcome, Planner, predicted
+from relora.lab.plan import Outcome, Planner, predicted, wanted_cells
 from relora.lab.processes import start
 from relora.lab.results import arm_results
 from relora.lab.statistics import paired_difference, spread, t_quantile
@@ -227,6 +227,28 @@ def test_circles_of_inheritance_are_refused():
         "[methods.full.grid]", '[methods.full]\ninherit = "low rank=4"\n[methods.full.grid]'
     )
     assert "inherit goes in a circle" in complaint(circle)
+
+
+@pytest.mark.parametrize(
+    ("names", "tuned", "trained"),
+    [
+        ((), {"full", "low rank=4", "low rank=8"}, {"full", "low rank=4", "low rank=8"}),
+        (("full",), {"full"}, {"full"}),
+        (("low rank=8",), {"full", "low rank=8"}, {"low rank=8"}),
+        (("low",), {"full", "low rank=4", "low rank=8"}, {"low rank=4", "low rank=8"}),
+    ],
+)
+def test_arms_are_run_with_the_tuning_of_those_they_inherit_from(names, tuned, trained):
+    study = study_of(SMALL)
+    is_wanted = wanted_cells(study, names)
+    cells = [cell for cell in predicted(study, Path("cells")) if is_wanted(cell)]
+    assert {cell.arm for cell in cells if cell.stage == "tuning"} == tuned
+    assert {cell.arm for cell in cells if cell.stage == "final"} == trained
+
+
+def test_arms_that_are_not_there_are_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"study small has no arm 'ful' \(did you mean 'full'\?\)"):
+        wanted_cells(study_of(SMALL), ["low", "ful"])
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/study*.toml")), ids=lambda path: path.parent.name)

@@ -35,6 +35,8 @@ class CompareArguments(VerbArguments):
     """Threads of all cells together."""
     threads_per_cell: int = 1
     """Threads of each cell; as many cells run side by side as the cores allow."""
+    arms: tuple[str, ...] = ()
+    """Train only these arms now, and the tuning of those they inherit from; results stay those of all."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only list the cells and the tokens they would train on."""
     tables_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -55,8 +57,14 @@ def run(words: Sequence[str]) -> int:
         if arguments.tables_only:
             results, code = tables_only(study, folder), 0
         elif arguments.dry_run:
-            code, slots = 0, {"cores": arguments.cores, "threads_per_cell": arguments.threads_per_cell}
-            results = dry_run(study, folder, **slots)
+            code = 0
+            results = dry_run(
+                study,
+                folder,
+                cores=arguments.cores,
+                threads_per_cell=arguments.threads_per_cell,
+                arms=arguments.arms,
+            )
         else:
             from relora.cli.study_screen import StudyScreen
 
@@ -68,6 +76,7 @@ def run(words: Sequence[str]) -> int:
                     threads_per_cell=arguments.threads_per_cell,
                     environment=dict(os.environ),
                     observer=screen,
+                    arms=arguments.arms,
                 )
         if not arguments.dry_run:
             _conclude(results, folder, code, as_json=arguments.json)

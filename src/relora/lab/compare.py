@@ -1,13 +1,13 @@
 """`relora compare`: a study from its file to its table, as a whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relora.errors import ConfigError
 from relora.lab.gather import earlier_outcomes, ended, study_results
-from relora.lab.plan import Outcome, Planner, predicted
+from relora.lab.plan import Outcome, Planner, predicted, wanted_cells
 from relora.lab.report import RESULTS, read_results, write_results, write_tables
 from relora.lab.runner import Observer, Runner
 from relora.lab.study import Cell, Study
@@ -23,6 +23,7 @@ def compare(
     threads_per_cell: int,
     environment: Mapping[str, str],
     observer: Observer,
+    arms: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
     """Run what a study lacks, and write its results; the same call again goes on where it stands.
 
@@ -33,12 +34,14 @@ def compare(
         threads_per_cell: Threads of each.
         environment: Of the training processes.
         observer: Told how it goes.
+        arms: Which arms may train now, with the tuning of those they inherit from; none for all.
 
     Returns:
         What study.json holds, and the exit code.
 
     Raises:
-        ConfigError: if the numbers of cores do not allow one cell, or the folder's cells are of another text.
+        ConfigError: if the numbers of cores do not allow one cell, an arm is not there, or the folder's cells
+            are of another text.
         DataError: if the text of the study cannot be prepared.
         CheckpointError: if the folder's study.json or data.json cannot be read or written.
     """
@@ -56,6 +59,7 @@ def compare(
             observer=observer,
             requests=requests,
             earlier=before,
+            is_wanted=wanted_cells(study, arms),
         )
         run = runner.run()
     results = study_results(
@@ -104,12 +108,15 @@ def tables_only(study: Study, folder: Path) -> dict[str, Any]:
     return results
 
 
-def dry_run(study: Study, folder: Path, *, cores: int, threads_per_cell: int) -> dict[str, Any]:
+def dry_run(
+    study: Study, folder: Path, *, cores: int, threads_per_cell: int, arms: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the cells a study has, the tokens they train on, and how long that may take.
 
     A warm start that several cells share is counted once. Grids that may be extended are not.
     """
-    cells = predicted(study, folder / "cells")
+    is_wanted = wanted_cells(study, arms)
+    cells = [cell for cell in predicted(study, folder / "cells") if is_wanted(cell)]
     seen: set[str] = set()
     listed = []
     for cell in cells:

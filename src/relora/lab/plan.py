@@ -7,13 +7,14 @@ whose file has got another seed, goes on where it stands.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from relora.errors import ConfigError
 from relora.lab.choice import Settings, Tried, beyond, choose
 from relora.lab.study import Arm, Budget, Cell, Stage, Study
+from relora.train.recipe_io import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,29 @@ class Planner:
         if key not in self._cells:
             self._cells[key] = self._study.cell(arm, stage, budget, seed=seed, swept=swept, out=self._out)
         return self._cells[key]
+
+
+def wanted_cells(study: Study, names: Sequence[str]) -> Callable[[Cell], bool]:
+    """Return what tells the cells of some arms, and the tuning of those they inherit from; all without names.
+
+    Args:
+        study: The study.
+        names: Arms, or what arms that `vary` makes are named after.
+
+    Raises:
+        ConfigError: for a name that no arm has.
+    """
+    arms = [arm for arm in study.arms if not names or {arm.name, arm.name.partition(" ")[0]} & set(names)]
+    known = {name for arm in study.arms for name in (arm.name, arm.name.partition(" ")[0])}
+    unknown = [f"{name!r}{nearest(name, known)}" for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"study {study.name} has no arm {', '.join(unknown)}")
+    trained = {arm.name for arm in arms}
+    tuned = set(trained)
+    for arm in reversed(study.arms):  # every arm follows the one it inherits from
+        if arm.name in tuned and arm.inherit is not None:
+            tuned.add(arm.inherit)
+    return lambda cell: cell.arm in (tuned if cell.stage == "tuning" else trained)
 
 
 def predicted(study: Study, out: Path) -> list[Cell]:

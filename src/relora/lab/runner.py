@@ -1,7 +1,7 @@
 """Run a study: as many cells side by side as the cores allow, until the plan has nothing left to do."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ class Runner:
         environment: For the training processes.
         observer: Told of everything.
         requests: Ask to stop.
+        is_wanted: Tells which cells may train now; the plan and the results are of all of them.
         earlier: What study.json held: cells that ended in it are not run again.
     """
 
@@ -79,11 +80,13 @@ class Runner:
         environment: Mapping[str, str],
         observer: Observer,
         requests: Requests,
+        is_wanted: Callable[[Cell], bool],
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
         self._study, self._folder = study, folder
         self._num_slots, self._threads, self._environment = num_slots, threads, environment
         self._observer, self._requests = observer, requests
+        self._is_wanted = is_wanted
         self._planner = Planner(study, folder / "cells")
         self._texts = StudyTexts(folder, earlier)
         self._kept = earlier_outcomes(earlier or {})
@@ -99,7 +102,7 @@ class Runner:
             DataError: if a text of the study cannot be prepared.
         """
         cells = predicted(self._study, self._folder / "cells")
-        self._observer.begin(total_tokens=sum(cell.tokens for cell in cells), num_cells=len(cells))
+        self._observer.begin(**self._amount(cells))
         # Once, instead of by each process, all but one of them waiting.
         self._texts.check(cells)
         stopping = False
@@ -137,10 +140,13 @@ class Runner:
             for cell, outcome in found:
                 self._note(cell, outcome)
             if not found:
-                tokens = sum(cell.tokens for cell in plan.cells)
-                self._observer.grown(total_tokens=tokens, num_cells=len(plan.cells))
+                self._observer.grown(**self._amount(plan.cells))
                 self._drop_checkpoints(plan)
                 return plan
+
+    def _amount(self, cells: Sequence[Cell]) -> dict[str, int]:
+        wanted = [cell for cell in cells if self._is_wanted(cell)]
+        return {"total_tokens": sum(cell.tokens for cell in wanted), "num_cells": len(wanted)}
 
     def _note(self, cell: Cell, outcome: Outcome) -> None:
         self._outcomes[cell.name] = outcome
@@ -150,7 +156,9 @@ class Runner:
         for cell in plan.cells:
             if len(self._running) >= self._num_slots:
                 return
-            if cell.name in self._outcomes or cell.name in self._running or not self._may_begin(cell, plan):
+            if not self._is_wanted(cell) or cell.name in self._outcomes or cell.name in self._running:
+                continue
+            if not self._may_begin(cell, plan):
                 continue
             self._running[cell.name] = start(
                 cell, threads=self._threads, environment=self._environment, donors=self._kin(cell, plan)

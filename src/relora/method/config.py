@@ -11,7 +11,7 @@ Factors = Literal["both", "B"]
 ScalingRule = Literal["alpha/r", "rslora", "matched", "learned"]
 ResetMethod = Literal["zero", "random", "magnitude", "none", "transport"]
 ResetMask = Literal["coupled", "separate"]
-FactorInit = Literal["kaiming", "orthonormal", "cover", "gradient"]
+FactorInit = Literal["kaiming", "orthonormal", "cover", "columns", "gradient"]
 Residual = Literal["none", "sign", "column"]
 MergePrecision = Literal["float32", "native"]
 Forward = Literal["auto", "factored", "effective"]
@@ -59,8 +59,10 @@ class ReLoRAConfig:
     """Also set the optimizer's step count of the factors to 0, which restores Adam's bias correction."""
     init: FactorInit = "kaiming"
     """How a new lora_A is drawn: "kaiming" (uniform, a = sqrt 5); "orthonormal" rows; "cover", orthonormal
-    blocks that cover the input space once a sweep; "gradient", at restarts the top right-singular vectors of
-    the base's gradient. With factors="B", "kaiming" means "orthonormal". lora_B always starts at 0."""
+    blocks that cover the input space once a sweep; "columns", likewise with rows that each select one input,
+    so that lora_B is the change of `rank` columns of the weight; "gradient", at restarts the top
+    right-singular vectors of the base's gradient. With factors="B", "kaiming" means "orthonormal".
+    lora_B always starts at 0."""
     init_mix: float = 0.0
     """Fraction of the rows of init="gradient" that are random, orthogonal to the others."""
     residual: Residual = "none"

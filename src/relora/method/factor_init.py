@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relora.method.cover import cover_rows
+from relora.method.cover import column_rows, cover_rows
 from relora.method.seeds import derived_generator
 from relora.method.threads import one_thread
 
@@ -69,6 +69,10 @@ def _cover(draw: Draw) -> Tensor:
     return cover_rows(draw.rank, draw.in_features, index=draw.restart_index, key=(draw.seed, draw.name))
 
 
+def _columns(draw: Draw) -> Tensor:
+    return column_rows(draw.rank, draw.in_features, index=draw.restart_index, key=(draw.seed, draw.name))
+
+
 def _orthonormal_rms(in_features: int) -> float:
     return 1 / math.sqrt(in_features)
 
@@ -77,6 +81,7 @@ FACTOR_INITS: dict[str, FactorInit] = {
     "kaiming": FactorInit(draw=_kaiming, rms=lambda in_features: 1 / math.sqrt(3 * in_features)),
     "orthonormal": FactorInit(draw=_orthonormal, rms=_orthonormal_rms),
     "cover": FactorInit(draw=_cover, rms=_orthonormal_rms),
+    "columns": FactorInit(draw=_columns, rms=_orthonormal_rms),
     # Random rows at injection, and where no gradient was seen; module `gradient_init` has the rest.
     "gradient": FactorInit(draw=_orthonormal, rms=_orthonormal_rms, needs_gradient=True),
 }
