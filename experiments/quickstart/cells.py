@@ -36,7 +36,7 @@ class Cell:
     @property
     def has_warm_start(self) -> bool:
         """Whether the run begins with a full-rank phase that others may share."""
-        return self.arm not in ("full", "relora-cold")
+        return self.arm not in ("full", "relora-cold", "relora-columns")
 
     @property
     def warm_start(self) -> tuple[float, float, int]:
@@ -96,6 +96,14 @@ def cold(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-cold", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
+def columns(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
+    """As `cold`, but lora_A selects inputs, and what Adam knows of a row is carried over restarts."""
+    relora = ONE_SIDED | {"residual": "sign", "warm_start_steps": 0, "residual_scale": scale}
+    relora |= {"init": "columns", "reset": "transport"}
+    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-columns", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
+
+
 def both(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
     """The paper's form: both factors, magnitude reset, re-warm."""
     relora = BOTH | {"reset": "magnitude", "reset_ratio": 0.99}
@@ -133,6 +141,8 @@ CELLS = [
     one_sided(PEAK, 4, rest=REST, stage="factors"),
     *(signed(PEAK, 1, scale=scale, rest=REST, stage="factors") for scale in (0.25, 0.5, 2)),
     *(cold(PEAK, times, rest=REST, stage="cold") for times in (1, 0.5, 2)),
+    *(cold(PEAK, 0.5, rest=REST, stage="cold", seed=seed) for seed in (1, 2)),
+    *(columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),
     *(signed(PEAK, 1, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(signed(PEAK, 1, scale=0.5, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(lora(PEAK, 2, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),

@@ -22,6 +22,7 @@ NAMES = {
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
     "relora-cold": "the sign step from cold, without a warm start",
+    "relora-columns": "the same with lora_A selecting inputs",
 }
 COLORS = {
     "full": "#333333",
@@ -30,6 +31,7 @@ COLORS = {
     "relora-B": "#1f6fb4",
     "relora-sign": "#2a9d55",
     "relora-cold": "#7a4fa3",
+    "relora-columns": "#b0446a",
 }
 
 
