@@ -63,6 +63,9 @@ ONE_SIDED = {
 }
 
 
+COLUMNS = {"init": "columns", "reset": "transport"}
+
+
 def full(lr: float, **cell: Any) -> Cell:
     """Full rank throughout."""
     return Cell(arm="full", lr=lr, changes={"run": {"method": "full"}}, **cell)
@@ -96,10 +99,15 @@ def cold(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-cold", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def columns(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
-    """As `cold`, but lora_A selects inputs, and what Adam knows of a row is carried over restarts."""
-    relora = ONE_SIDED | {"residual": "sign", "warm_start_steps": 0, "residual_scale": scale}
-    relora |= {"init": "columns", "reset": "transport"}
+def columns(lr: float, times: float, **cell: Any) -> Cell:
+    """As `one_sided`, but lora_A selects inputs, and what Adam knows of a row is carried over restarts."""
+    changes = {"relora": ONE_SIDED | COLUMNS, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-B-columns", lr=lr, label=f"f{times:g}", changes=changes, **cell)
+
+
+def cold_columns(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
+    """As `cold`, with lora_A as in `columns`."""
+    relora = ONE_SIDED | COLUMNS | {"residual": "sign", "warm_start_steps": 0, "residual_scale": scale}
     changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
     return Cell(arm="relora-columns", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
 
@@ -142,7 +150,8 @@ CELLS = [
     *(signed(PEAK, 1, scale=scale, rest=REST, stage="factors") for scale in (0.25, 0.5, 2)),
     *(cold(PEAK, times, rest=REST, stage="cold") for times in (1, 0.5, 2)),
     *(cold(PEAK, 0.5, rest=REST, stage="cold", seed=seed) for seed in (1, 2)),
-    *(columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),
+    *(columns(PEAK, times, rest=REST, stage="columns") for times in (1, 2)),
+    *(cold_columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),
     *(signed(PEAK, 1, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(signed(PEAK, 1, scale=0.5, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(lora(PEAK, 2, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
