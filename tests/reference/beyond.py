@@ -13,9 +13,12 @@ Array = NDArray[np.float64]
 
 
 def complement(gradient: Array, lora_a: Array) -> Array:
-    """Return the part of (out, in) outside the row space of lora_a, by a least-squares fit of every row."""
+    """Return the part of (out, in) outside the row space of lora_a, by a least-squares fit of every row; what
+    rounding leaves of an entry that lies in it is 0, so that it has no sign.
+    """
     coefficients, *_ = np.linalg.lstsq(lora_a.T, gradient.T, rcond=None)
-    return gradient - (lora_a.T @ coefficients).T
+    rest = gradient - (lora_a.T @ coefficients).T
+    return np.where(np.abs(rest) < 1e-12 * np.abs(gradient).max(), 0.0, rest)
 
 
 def majority(gradients: list[Array]) -> Array:

@@ -65,10 +65,11 @@ def masters(loop):
 
 
 @pytest.mark.parametrize("residual", ["sign", "column"])
+@pytest.mark.parametrize("init", ["orthonormal", "columns"])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_bases_move_against_the_complement_of_the_plain_models_gradient(residual, parts, dtype):
-    loop = Loop(replace(CONFIG, residual=residual, residual_scale=0.3), tiny_model(dtype))
+def test_bases_move_against_the_complement_of_the_plain_models_gradient(residual, init, parts, dtype):
+    loop = Loop(replace(CONFIG, residual=residual, residual_scale=0.3, init=init), tiny_model(dtype))
     before = masters(loop)
     gradients = plain_gradients(loop, *batch(1), parts=parts)
     step_on(loop, 1, parts)
@@ -90,10 +91,11 @@ def test_bases_move_against_the_complement_of_the_plain_models_gradient(residual
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_adam_in_the_subspace_and_sign_outside_is_the_split_optimizer(kind):
+@pytest.mark.parametrize("init", ["orthonormal", "columns"])
+def test_adam_in_the_subspace_and_sign_outside_is_the_split_optimizer(kind, init):
     torch.manual_seed(0)
     model = nn.Sequential(LAYER_KINDS[kind](13, 6)).double()
-    config = replace(CONFIG, residual_scale=0.7)
+    config = replace(CONFIG, residual_scale=0.7, init=init)
     weight = as_rows(model[0]).copy()
     loop = Loop(config, model, lambda m: torch.optim.AdamW([m[0].lora_B], lr=LR, weight_decay=0.0))
     layer, target = loop.model[0], torch.randn(6, 13, dtype=torch.float64)
@@ -485,7 +487,7 @@ def one_layer(kind, *, is_observed, dtype=torch.float64, **changes):
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-@pytest.mark.parametrize("changes", [{}, {"scaling_rule": "learned", "alpha": 6.0}])
+@pytest.mark.parametrize("changes", [{}, {"scaling_rule": "learned", "alpha": 6.0}, {"init": "columns"}])
 def test_an_observed_layer_has_the_gradients_of_one_that_is_not(kind, use_reentrant, changes):
     found = []
     for is_observed in (False, True):
@@ -497,7 +499,7 @@ def test_an_observed_layer_has_the_gradients_of_one_that_is_not(kind, use_reentr
         trained = [p.grad for p in layer.parameters() if p.requires_grad]
         found.append([x.grad, *trained])
         torch.manual_seed(0)
-    assert len(found[0]) == (4 if changes else 3)
+    assert len(found[0]) == (4 if "scaling_rule" in changes else 3)
     for without, observed in zip(*found, strict=True):
         torch.testing.assert_close(observed, without)
 
@@ -539,3 +541,12 @@ def test_the_gradient_of_lora_B_costs_an_observed_layer_no_token_anything():
             layer(x).sum().backward()
         flops.append(counter.get_total_flops())
     assert flops[1] - flops[0] == 50 * 6 * 13 * 6  # forward, input gradient, G
+
+
+def test_an_observed_layer_whose_lora_A_selects_inputs_costs_what_full_rank_does():
+    layer = one_layer("linear", is_observed=True, init="columns")
+    x = torch.randn(50, 13, dtype=torch.float64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 50 * 6 * 13 * 6
+    assert layer.observers[0].flops == 50 * 2 * 13 * 6

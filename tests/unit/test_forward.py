@@ -22,6 +22,8 @@ from relora.method.forward import effective_flops, effective_linear, factored_fl
 Path = Literal["auto", "factored", "effective"]
 PATHS: tuple[Path, ...] = ("factored", "effective")
 SIDES = ("both", "B")
+FORMS = (*SIDES, "columns")
+"""`factors`, and "B" with a lora_A that selects inputs."""
 
 
 def layer_of(
@@ -37,6 +39,8 @@ def layer_of(
 ) -> LoRALinear:
     """Return an injected layer of (in, out) in mid-cycle."""
     layer = LAYER_KINDS[kind](*shape).to(dtype)
+    if factors == "columns":
+        factors, settings = "B", {"init": "columns", **settings}
     config = ReLoRAConfig(
         rank=rank,
         alpha=2.0,
@@ -66,7 +70,7 @@ def gradients_of(layer: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 5, 9), (2, 0, 9), (400, 9)])
 def test_gradients_are_the_references(
@@ -101,7 +105,7 @@ def test_gradients_are_the_references_on_either_side_of_where_the_whole_gradient
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 @pytest.mark.parametrize("learned", [False, True])
 def test_first_and_second_derivatives_pass_gradcheck(kind: str, factors: str, learned: bool) -> None:
     layer = layer_of("effective", kind=kind, factors=factors, learned=learned, dtype=torch.float64)
@@ -116,7 +120,7 @@ def test_first_and_second_derivatives_pass_gradcheck(kind: str, factors: str, le
     assert torch.autograd.gradgradcheck(apply, inputs)
 
 
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_the_paths_agree_under_autocast(factors: str, kind: str, base: torch.dtype) -> None:
@@ -167,7 +171,7 @@ def test_after_injection_and_restart_the_output_is_the_bases_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 def test_inputs_may_be_views_frozen_or_empty(kind: str, factors: str) -> None:
     layer = layer_of("effective", kind=kind, factors=factors)
     wide = torch.randn(5, 4, 18)
@@ -362,6 +366,14 @@ def test_auto_takes_the_path_of_fewer_flops(factors: str, shape: tuple[int, int]
         assert counted_flops(auto, tokens) == min(by_path.values())
 
 
+@pytest.mark.parametrize("tokens", [7, 200])
+def test_a_lora_A_that_selects_inputs_costs_no_product(tokens: int) -> None:
+    sides = {"out_features": 20, "in_features": 24, "rank": 5, "one_sided": True, "selects": True}
+    for path, count in (("factored", factored_flops), ("effective", effective_flops)):
+        layer = layer_of(path, factors="columns", shape=(24, 20), rank=5)  # type: ignore[arg-type]
+        assert counted_flops(layer, tokens) == count(tokens, **sides)  # type: ignore[arg-type]
+
+
 def test_the_whole_gradient_is_formed_only_where_that_is_cheaper() -> None:
     for rank in (4, 6, 12, 23):
         count = counted_flops(layer_of("effective", shape=(24, 24), rank=rank), 500)
@@ -387,7 +399,7 @@ def test_an_unknown_path_is_refused(value: object) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("tokens", [3, 7, 40])
 def test_gradient_checkpointing_gives_the_same_bits(
@@ -420,7 +432,7 @@ def test_functional_call_uses_the_tensors_it_is_given() -> None:
     assert torch.equal(functional_call(layer, dict(other.named_parameters()), x), other(x))
 
 
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 def test_per_sample_gradients_by_vmap_add_up(factors: str) -> None:
     layer = layer_of("effective", factors=factors, dtype=torch.float64)
     trained = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
@@ -443,7 +455,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_it_is_one_graph_and_lengths_do_not_compile_it_again_and_again(
     factors: str, autocast: bool
@@ -456,7 +468,10 @@ def test_compiled_it_is_one_graph_and_lengths_do_not_compile_it_again_and_again(
 
     torch.manual_seed(0)
     model = nn.Sequential(linear(9, 11), nn.Tanh(), linear(11, 7))
-    inject(model, ReLoRAConfig(rank=3, factors=factors, scaling_rule="learned"))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"factors": factors}
+    if factors == "columns":
+        settings = {"factors": "B", "init": "columns"}
+    inject(model, ReLoRAConfig(rank=3, scaling_rule="learned", **settings))
     train_factors_(model)
     compiled = torch.compile(model, backend=counting, fullgraph=True)
 
@@ -476,7 +491,7 @@ def test_compiled_it_is_one_graph_and_lengths_do_not_compile_it_again_and_again(
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("factors", SIDES)
+@pytest.mark.parametrize("factors", FORMS)
 def test_traced_through_autograd_it_computes_the_same(factors: str) -> None:
     layer = layer_of("effective", factors=factors, learned=True, shape=(24, 16))
     x = torch.randn(40, 24, requires_grad=True)

@@ -299,3 +299,15 @@ def test_a_layers_buffers_and_parameters_are_all_in_its_state_dict() -> None:
     assert isinstance(layer, LoRALinear)
     state: dict[str, Tensor] = layer.state_dict()
     assert set(state) == {"weight", "bias", "lora_A", "lora_B", "lora_scaling", "weight_residual"}
+
+
+def test_rows_that_select_no_input_are_refused_where_they_are_taken_to() -> None:
+    source, target = linear(9, 11), linear(9, 11)
+    inject(source, ReLoRAConfig(rank=3, factors="B"))
+    inject(target, ReLoRAConfig(rank=3, factors="B", init="columns"))
+    with pytest.raises(RuntimeError, match="lora_A is of another init"):
+        target.load_state_dict(source.state_dict())
+    other = linear(9, 11)
+    inject(other, ReLoRAConfig(rank=3, factors="B", init="columns"), seed=5)
+    target.load_state_dict(other.state_dict())
+    assert torch.equal(target.selected, other.selected)

@@ -54,16 +54,21 @@ class LayerObserver(GradientObserver):
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
         super().__init__(layer, residual)
         self.layer = layer
+        self._selected = layer.selected
 
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
         lora_A = self.layer.lora_A.detach()
         block = block.to(lora_A.dtype)
+        if self._selected is not None:
+            return block.index_fill(1, self._selected, 0), block.index_select(1, self._selected)
         product = block @ lora_A.T
         return block - product @ lora_A, product
 
     @property
     def flops(self) -> int:
-        """What looking has cost so far: G, and its projection out of lora_A's rows."""
+        """What looking has cost so far: G, and its projection out of rows of lora_A that select no input."""
+        if self._selected is not None:
+            return super().flops
         weights = self.layer.out_features * self.layer.in_features
         return super().flops + 4 * weights * self.layer.config.rank * self.num_passes
 

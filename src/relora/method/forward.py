@@ -8,7 +8,12 @@ For T tokens and a weight of (m, n) at rank r, in FLOPs of forward and backward 
     factored    4Tmn + 6Tr(m + n)              one-sided  4Tmn + 2Tr(2n + 3m)
     effective   4Tmn + 4Tr(m + n) + 4mnr       one-sided  4Tmn + 2Tr(n + m) + 4mnr
 
-against 6Tmn at full rank. The effective weight is formed twice, in the forward and again in the backward,
+against 6Tmn at full rank. Where each row of A selects one input (init="columns"), a product with A is a
+gather or an addition to r columns, and neither path pays for it:
+
+    factored    4Tmn + 6Trm                effective  4Tmn + 2Trm
+
+The effective weight is formed twice, in the forward and again in the backward,
 rather than kept between them: kept, it would be one more copy of the model, held by every layer at once,
 while forming costs r / T of one of the layer's products. So the backward has the layer's input alone, and
 with lora_A frozen only x A^T, which is rank wide.
@@ -18,7 +23,7 @@ under bfloat16 autocast that is what full-rank training does to its float32 weig
 has no lower bits, so there an entry of the delta shows once it exceeds half a step of its weight's entry.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +33,19 @@ from relora.method.casts import InputCasts, compute_dtype
 from relora.method.observe import SeenProduct
 
 
+class Rows(NamedTuple):
+    """lora_A, (rank, in_features), and which input each of its rows selects, (rank,), where they do that."""
+
+    lora_A: Tensor
+    selected: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return x lora_A^T, (..., rank), in the dtype of x (..., in_features)."""
+        if self.selected is not None:
+            return x.index_select(-1, self.selected)
+        return F.linear(x, self.lora_A.to(x.dtype))
+
+
 class Decoder(Protocol):
     """What turns the stored parts of a base into its values."""
 
@@ -35,20 +53,41 @@ class Decoder(Protocol):
         """Return (rows, columns) values of the rows stored, in `dtype`."""
 
 
-def factored_flops(tokens: int, *, out_features: int, in_features: int, rank: int, one_sided: bool) -> int:
-    """Return the FLOPs of a factored forward and backward."""
+def factored_flops(
+    tokens: int,
+    *,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    one_sided: bool,
+    selects: bool = False,
+) -> int:
+    """Return the FLOPs of a factored forward and backward; `selects` where lora_A selects inputs."""
     m, n = out_features, in_features
+    if selects:
+        return 4 * tokens * m * n + 6 * tokens * rank * m
     return 4 * tokens * m * n + 2 * tokens * rank * (2 * n + 3 * m if one_sided else 3 * n + 3 * m)
 
 
-def effective_flops(tokens: int, *, out_features: int, in_features: int, rank: int, one_sided: bool) -> int:
+def effective_flops(
+    tokens: int,
+    *,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    one_sided: bool,
+    selects: bool = False,
+) -> int:
     """Return the FLOPs of a forward and backward through the effective weight."""
     m, n = out_features, in_features
+    if selects:
+        return 4 * tokens * m * n + 2 * tokens * rank * m
     return 4 * tokens * m * n + (2 if one_sided else 4) * tokens * rank * (m + n) + 4 * m * n * rank
 
 
 def least_tokens(*, out_features: int, in_features: int, one_sided: bool) -> int:
     """Return the number of tokens from which on the effective weight costs fewer FLOPs; the rank cancels.
+    Where lora_A selects inputs it always does, but is a copy of the weight to make: the same number serves.
 
     One number for training and evaluation alike, so that a recomputed forward takes the path of the first,
     and a compiled model with varying lengths has two graphs at most for each.
@@ -68,6 +107,7 @@ def effective_linear(
     is_transposed: bool = False,
     casts: InputCasts | None = None,
     seen: SeenProduct | None = None,
+    selected: Tensor | None = None,
 ) -> Tensor:
     """Return x (W + s B A)^T + bias; differentiable in all but the base.
 
@@ -82,12 +122,14 @@ def effective_linear(
         is_transposed: Whether the weight is (in_features, out_features).
         casts: Shared by layers that may be given the same input.
         seen: Where g^T x lora_A^T will be found in the backward, made by an observer that keeps `input` too.
+        selected: (rank,) which input each row of a frozen lora_A selects, or None where it is any other.
     """
     dtype = compute_dtype(input)
     # A cast input goes in beside the input: the function keeps the one and gives its gradient to the other.
     cast_input = None if input.dtype == dtype else (casts or InputCasts())(input, dtype)
     keeps_low = torch.is_grad_enabled() and not lora_A.requires_grad and seen is None
-    args = (input, cast_input, bias, lora_A, lora_B, scaling, decoder, is_transposed, keeps_low, seen, *base)
+    how = (decoder, is_transposed, keeps_low, seen)
+    args = (input, cast_input, bias, lora_A, lora_B, scaling, selected, *how, *base)
     return cast(Tensor, EffectiveLinear.apply(*args)[0])  # type: ignore[no-untyped-call]
 
 
@@ -131,6 +173,7 @@ class EffectiveLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: Tensor | float,
+        selected: Tensor | None,
         decoder: Decoder | None,
         is_transposed: bool,
         keeps_low: bool,
@@ -140,9 +183,10 @@ class EffectiveLinear(torch.autograd.Function):
         """Form the weight and apply it."""
         del seen
         x = input if cast_input is None else cast_input
-        A, B = lora_A.to(x.dtype), _scaled(lora_B, scaling, x.dtype)
-        weight = _formed(base, decoder, is_transposed, A, B)
-        low = F.linear(x, A) if keeps_low else None
+        B = _scaled(lora_B, scaling, x.dtype)
+        rows = Rows(lora_A, selected)
+        weight = _formed(base, decoder, is_transposed, rows, B)
+        low = rows.of(x) if keeps_low else None
         return plain_linear(x, weight, _as(bias, x), is_transposed), low
 
     @staticmethod
@@ -150,7 +194,7 @@ class EffectiveLinear(torch.autograd.Function):
         """Keep the input, or x A^T instead; everything else here is a parameter that exists anyway. Beside an
         observer it is the input as given, which the observer keeps too.
         """
-        input, cast_input, bias, lora_A, lora_B, scaling, *rest = inputs
+        input, cast_input, bias, lora_A, lora_B, scaling, selected, *rest = inputs
         ctx.decoder, ctx.is_transposed, ctx.one_sided, ctx.seen, *base = rest
         x = input if cast_input is None else cast_input
         ctx.set_materialize_grads(False)
@@ -158,16 +202,17 @@ class EffectiveLinear(torch.autograd.Function):
         ctx.bias_dtype, ctx.dtype = None if bias is None else bias.dtype, x.dtype
         ctx.input_dtype = input.dtype
         kept = output[1] if ctx.one_sided else x if ctx.seen is None else input
-        ctx.save_for_backward(kept, lora_A, lora_B, scaling if ctx.number is None else None, *base)
+        scalar = scaling if ctx.number is None else None
+        ctx.save_for_backward(kept, lora_A, lora_B, scalar, selected, *base)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, bias, factors and scaling."""
         grad, grad_low = grads
-        kept, lora_A, lora_B, scalar, *base = ctx.saved_tensors
+        kept, lora_A, lora_B, scalar, selected, *base = ctx.saved_tensors
         wants_input, _, wants_bias, wants_A, wants_B, wants_scaling, *_ = ctx.needs_input_grad
         scaling = ctx.number if scalar is None else scalar
-        A, B = lora_A.to(ctx.dtype), _scaled(lora_B, scaling, ctx.dtype)
+        rows, B = Rows(lora_A, selected), _scaled(lora_B, scaling, ctx.dtype)
         d_input = d_bias = d_A = d_B = d_scaling = None
         if grad is not None:
             g = grad.reshape(-1, grad.shape[-1])
@@ -177,7 +222,7 @@ class EffectiveLinear(torch.autograd.Function):
                 if d_product is None:
                     flat = kept.reshape(-1, kept.shape[-1]).to(ctx.dtype)
                     d_A, d_product = _factor_gradients(
-                        g, flat, A, B, one_sided=ctx.one_sided, wants_A=wants_A
+                        g, flat, rows, B, one_sided=ctx.one_sided, wants_A=wants_A
                     )
                 d_B = (d_product * scaling).to(lora_B.dtype)
                 d_scaling = (d_product.to(lora_B.dtype) * lora_B).sum() if wants_scaling else None
@@ -185,13 +230,13 @@ class EffectiveLinear(torch.autograd.Function):
             if wants_bias:
                 d_bias = g.sum(0, dtype=ctx.bias_dtype)
             if wants_input:
-                weight = _formed(base, ctx.decoder, ctx.is_transposed, A, B)
+                weight = _formed(base, ctx.decoder, ctx.is_transposed, rows, B)
                 d_input = grad @ (weight.T if ctx.is_transposed else weight)
         if grad_low is not None and wants_input:  # only in a second derivative
-            through_low = grad_low @ A
+            through_low = grad_low @ lora_A.to(ctx.dtype)
             d_input = through_low if d_input is None else d_input + through_low
         d_input = None if d_input is None else d_input.to(ctx.input_dtype)
-        return d_input, None, d_bias, d_A, d_B, d_scaling, *(None,) * (4 + len(base))
+        return d_input, None, d_bias, d_A, d_B, d_scaling, *(None,) * (5 + len(base))
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -228,11 +273,14 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def _factor_gradients(
-    g: Tensor, kept: Tensor, A: Tensor, B: Tensor, *, one_sided: bool, wants_A: bool
+    g: Tensor, kept: Tensor, rows: Rows, B: Tensor, *, one_sided: bool, wants_A: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of lora_A and of s * lora_B; g (T, m), kept (T, n) or x A^T (T, r)."""
     if one_sided:
         return None, g.T @ kept
+    if rows.selected is not None:  # where an observer keeps the input, but left nothing
+        return None, g.T @ rows.of(kept)
+    A = rows.lora_A.to(kept.dtype)
     tokens, (m, r), n = g.shape[0], B.shape, A.shape[1]
     # From r = d/4 on the whole gradient of W is the cheaper way to both, at one weight's size of memory.
     if 2 * tokens * m * n + 4 * m * n * r < 4 * tokens * r * (m + n):
@@ -245,11 +293,16 @@ def _formed(
     base: tuple[Tensor, ...] | list[Tensor],
     decoder: Decoder | None,
     is_transposed: bool,
-    A: Tensor,
+    rows: Rows,
     B: Tensor,
 ) -> Tensor:
-    """Return W + B A in the factors' dtype, laid out as W is; one product where W has that dtype too."""
-    weight = base[0] if decoder is None else _values(base, decoder, A)
+    """Return W + B A in B's dtype, laid out as W is; one product where W has that dtype too."""
+    weight = base[0] if decoder is None else _values(base, decoder, B, columns=rows.lora_A.shape[1])
+    if rows.selected is not None:
+        exact = weight.to(torch.promote_types(weight.dtype, B.dtype))
+        dim, columns = (0, B.T) if is_transposed else (1, B)
+        return exact.index_add(dim, rows.selected, columns.to(exact.dtype)).to(B.dtype)
+    A = rows.lora_A.to(B.dtype)
     left, right = (A.T, B.T) if is_transposed else (B, A)
     if weight.dtype == A.dtype:
         return torch.addmm(weight, left, right)

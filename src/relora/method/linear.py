@@ -22,6 +22,7 @@ from relora.method.codecs import BaseCodec
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS, Draw
 from relora.method.forward import (
+    Rows,
     effective_linear,
     frozen_linear,
     least_tokens,
@@ -129,6 +130,13 @@ class LoRALinear(FrozenBase):
         return self.fixed_scaling if self.lora_scaling is None else self.lora_scaling
 
     @property
+    def selected(self) -> Tensor | None:
+        """Which input each row of lora_A selects, (rank,), with init="columns" and lora_A frozen."""
+        if self.config.factor_init != "columns" or self.config.factors == "both":
+            return None
+        return self.lora_A.detach().argmax(1)
+
+    @property
     def merge_dtype(self) -> torch.dtype:
         """The dtype merges are computed in: float64, which neither autocast nor TF32 can round; float32 on
         devices without it.
@@ -148,12 +156,19 @@ class LoRALinear(FrozenBase):
             factors = (self.lora_A, self.lora_B, self.scaling)
             seen = None if self.lora_A.requires_grad else product_of(self.observers)
             output = effective_linear(
-                input, self.bias, *factors, *self.base_parts, **self._layout, casts=self._casts, seen=seen
+                input,
+                self.bias,
+                *factors,
+                *self.base_parts,
+                **self._layout,
+                casts=self._casts,
+                seen=seen,
+                selected=self.selected,
             )
             return observed(output, input, self.observers, seen)
         # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
-        low = F.linear(low, self.lora_A.to(input.dtype)) * self.scaling
+        low = Rows(self.lora_A, self.selected).of(low) * self.scaling
         output = self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
         return observed(output, input, self.observers)
 
@@ -241,6 +256,7 @@ class LoRALinear(FrozenBase):
         weight = entries.get(prefix + "weight")
         if prefix + "lora_A" in entries:
             self._pending_draw = None
+            self._refuse_other_rows(entries[prefix + "lora_A"], prefix, errors=args[-1])
         elif weight is not None and not any(prefix + name in entries for name in own):
             # A checkpoint of the plain model: its function is the base alone, so the delta becomes 0.
             for name, p in own.items():
@@ -249,6 +265,16 @@ class LoRALinear(FrozenBase):
             entries[prefix + "lora_B"].zero_()
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
         self._draw_pending_()
+
+    def _refuse_other_rows(self, rows: Tensor, prefix: str, *, errors: list[str]) -> None:
+        """Refuse rows that select no input where they are taken to, among the errors of load_state_dict."""
+        if self.selected is None or rows.is_meta or rows.shape != self.lora_A.shape:
+            return
+        if not (((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all()):
+            errors.append(
+                f'{prefix}lora_A is of another init: with init="columns" each row selects one input (a '
+                "single 1); inject the model with the init it was saved with"
+            )
 
     def extra_repr(self) -> str:
         """Show the shape, rank and scaling in `print(model)`."""
