@@ -44,6 +44,7 @@ TRAINED = (
     "PEFT LoRA",
     "auto",
     "one-sided",
+    "columns",
     "auto, bf16 base",
     "one-sided, bf16 base",
     "one-sided, int8 base",

@@ -30,6 +30,7 @@ VARIANTS = {
     "effective": {"forward": "effective"},
     "factored, one-sided": {"forward": "factored", "factors": "B"},
     "effective, one-sided": {"forward": "effective", "factors": "B"},
+    "effective, columns": {"forward": "effective", "factors": "B", "init": "columns"},
     "effective, one-sided, bf16 base": {"forward": "effective", "factors": "B", "base_dtype": "bf16"},
 }
 
@@ -49,8 +50,8 @@ def flops(hidden: int, rank: int, tokens: int, settings: dict[str, Any] | None) 
     if settings is None:
         return 6 * tokens * hidden**2
     count = effective_flops if settings["forward"] == "effective" else factored_flops
-    one_sided = settings.get("factors") == "B"
-    return count(tokens, out_features=hidden, in_features=hidden, rank=rank, one_sided=one_sided)
+    kind = {"one_sided": settings.get("factors") == "B", "selects": settings.get("init") == "columns"}
+    return count(tokens, out_features=hidden, in_features=hidden, rank=rank, **kind)
 
 
 def one_step(layer: nn.Module, x: Tensor, grad: Tensor, *, autocast: bool) -> None:
@@ -121,7 +122,7 @@ def bars(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         for result in results
         if (result["hidden"], result["tokens"]) == (1024, 2048)
-        for name in ("effective", "effective, one-sided")
+        for name in ("effective", "effective, one-sided", "effective, columns")
     ]
 
 

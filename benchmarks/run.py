@@ -24,7 +24,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 NO_GPU = 2
-SIZED = ("factored", "effective", "auto", "one-sided", "PEFT LoRA", "GaLore")
+SIZED = ("factored", "effective", "auto", "one-sided", "columns", "PEFT LoRA", "GaLore")
 """Compared at every size; training the factors alone is compared at one."""
 
 
