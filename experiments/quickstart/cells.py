@@ -105,11 +105,18 @@ def columns(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-B-columns", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def cold_columns(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
+def cold_columns(lr: float, times: float, *, scale: float, every: int = 40, **cell: Any) -> Cell:
     """As `cold`, with lora_A as in `columns`."""
     relora = ONE_SIDED | COLUMNS | {"residual": "sign", "warm_start_steps": 0, "residual_scale": scale}
+    relora |= {"restart_every": every}
     changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
-    return Cell(arm="relora-columns", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
+    return Cell(
+        arm="relora-columns",
+        lr=lr,
+        label=f"f{times:g}c{scale:g}" + (f"e{every}" if every != 40 else ""),
+        changes=changes,
+        **cell,
+    )
 
 
 def both(lr: float, times: float, *, scale: float = 1.0, **cell: Any) -> Cell:
@@ -152,6 +159,7 @@ CELLS = [
     *(cold(PEAK, 0.5, rest=REST, stage="cold", seed=seed) for seed in (1, 2)),
     *(columns(PEAK, times, rest=REST, stage="columns") for times in (1, 2)),
     *(cold_columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),
+    *(cold_columns(PEAK, 1, scale=0.5, every=every, rest=REST, stage="every") for every in (100, 200)),
     *(signed(PEAK, 1, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(signed(PEAK, 1, scale=0.5, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
     *(lora(PEAK, 2, rest=REST, stage="seeds", seed=seed) for seed in (1, 2)),
