@@ -42,6 +42,9 @@ class Benchmark:
 
 BENCHMARKS = {
     "steps": Benchmark(words=("steps.py", "--hidden", "1024"), minutes=20, is_bar=True),
+    "steps_columns": Benchmark(
+        words=("steps.py", "--hidden", "1024", "--methods", "one-sided", "columns"), minutes=6
+    ),
     "step_profile": Benchmark(words=("step_profile.py",), minutes=3, is_bar=True),
     "overhead": Benchmark(words=("overhead.py",), minutes=3, is_bar=True),
     "restart": Benchmark(words=("restart.py",), minutes=8, is_bar=True),
