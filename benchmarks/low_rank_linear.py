@@ -20,7 +20,7 @@ from common import arguments, bar, chosen_precisions, interleaved, note, publish
 from torch import Tensor, nn
 
 from relora import ReLoRAConfig, inject
-from relora.method.forward import effective_flops, factored_flops
+from relora.method.flops import effective_flops, factored_flops
 
 DIVISORS = (16, 4, 8, 32)
 SHARE_OF_LIMIT = 0.85

@@ -1,6 +1,6 @@
 """Sweep the quickstart: learning rates of each phase and scale of the factors, for full, lora and relora.
 
-    python experiments/quickstart/sweep.py WORK [--stage full|tune|rest|seeds] [--only NAME ...] [--jobs 2]
+    python experiments/quickstart/sweep.py WORK [--stage full factors cold ...] [--only NAME ...] [--jobs 2]
 
 Every cell is the shipped recipe with overrides, trained by `relora train` in a process of one thread;
 finished cells are not run again. Cells that share seed and full-rank learning rates share their warm

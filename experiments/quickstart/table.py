@@ -20,20 +20,18 @@ NAMES = {
     "lora": "LoRA after the same warm start",
     "relora-both": "ReLoRA, both factors (the paper's form)",
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
-    "relora-B-columns": "the same with lora_A selecting inputs",
+    "relora-B-columns": "the same, lora_A selecting inputs, moments carried",
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
     "relora-cold": "the sign step from cold, without a warm start",
-    "relora-columns": "that with lora_A selecting inputs",
+    "relora-columns": "that, lora_A selecting inputs, moments carried",
 }
 COLORS = {
     "full": "#333333",
     "lora": "#999999",
     "relora-both": "#c7781b",
     "relora-B": "#1f6fb4",
-    "relora-B-columns": "#6fa8dc",
     "relora-sign": "#2a9d55",
     "relora-cold": "#7a4fa3",
-    "relora-columns": "#b0446a",
 }
 
 

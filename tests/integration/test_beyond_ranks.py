@@ -73,6 +73,16 @@ def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype, at_once):
     assert all(drawn is None or drawn["without_gradient"] == () for _, drawn in left[1])
 
 
+def test_two_ranks_select_and_step_on_the_same_inputs():
+    config = replace(CONFIG, init="columns", init_mix=0.0)
+    left, right = on_two_ranks(train_on_a_rank, config, torch.float32)
+    alone, _, _ = train(config)
+    for ours, theirs, single in zip(left[0], right[0], alone, strict=True):
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name])
+            torch.testing.assert_close(value, single[name], rtol=1e-3, atol=1e-4)
+
+
 def test_two_ranks_take_the_steps_of_one_process_with_all_micro_batches():
     # fp32; a vote goes another way only where a gradient is 0 to rounding, which would show as 2 * lr.
     (trail, reports, _), _ = on_two_ranks(train_on_a_rank, CONFIG, torch.float32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,33 @@ def test_dry_run_lists_cells_and_tokens_and_trains_nothing(tmp_path, monkeypatch
     whole, warm = 12 * 8 * 16, 4 * 8 * 16
     # Two sweeps of half the length, eight final runs, two of which get their warm start from another.
     assert listed["tokens"] == 2 * whole // 2 + 8 * whole - 2 * warm
+
+
+def test_arms_that_are_named_train_alone_and_the_results_stay_those_of_all(study, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(study.folder, folder)
+    file = folder / "smoke" / "study.toml"
+    text = file.read_text().replace("seeds = [0]", "seeds = [0, 1]")
+    file.write_text(
+        text + '\n[methods.elsewhere]\nmethod = "full"\nset = { data.source = "text", data.path = "no" }\n'
+    )
+    before = set(times_of_summaries(folder))
+    process = begin(folder, "--arms", "full")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (new,) = set(times_of_summaries(folder)) - before
+    assert new.startswith("full-final-s1")
+    counted = [tuple(map(int, pair)) for pair in re.findall(r"\[(\d+)/(\d+)\]", output)]
+    assert counted and all(done <= total for done, total in counted) and len(set(counted[-1])) == 1
+    results = json.loads((folder / "study" / "study.json").read_text())
+    finished = [cell for cell in results["cells"] if cell["status"] == "finished"]
+    assert len(finished) == len(study.cells(status="finished")) + 1
+
+
+def test_arms_are_refused_where_they_would_do_nothing(tmp_path, capsys):
+    for words in (["--arms"], ["--arms", "full", "--tables-only"], ["--arms", "ful"]):
+        assert main(["compare", str(SMOKE), "--out", str(tmp_path / "out"), *words]) == 2
+    assert "did you mean 'full'" in capsys.readouterr().err
 
 
 def test_what_is_no_study_is_refused_with_code_2(tmp_path, monkeypatch, capsys):

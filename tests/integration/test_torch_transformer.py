@@ -11,6 +11,7 @@ from method_samples import max_difference, train_factors_
 from relora import ReLoRAConfig, fold, inject
 
 R3 = ReLoRAConfig(rank=3)
+COLUMNS = ReLoRAConfig(rank=3, factors="B", init="columns")
 PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
@@ -39,11 +40,14 @@ def run(model: nn.Module, *, padded: bool) -> Tensor:
 @NESTED
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["layer", "encoder", "decoder", "transformer"])
-def test_evaluation_of_torchs_transformer_does_not_pass_by_the_factors(kind: str, padded: bool) -> None:
+@pytest.mark.parametrize("config", [R3, COLUMNS], ids=["both factors", "columns"])
+def test_evaluation_of_torchs_transformer_does_not_pass_by_the_factors(
+    kind: str, padded: bool, config: ReLoRAConfig
+) -> None:
     model = torch_model(kind).eval()
     with torch.no_grad():
         before = run(model, padded=padded)
-        report = inject(model, R3)
+        report = inject(model, config)
         torch.testing.assert_close(run(model, padded=padded), before, rtol=0, atol=1e-6)
     assert all(w.name.split(".")[-1] in ("linear1", "linear2") for w in report.wrapped)
     train_factors_(model, std=0.5)

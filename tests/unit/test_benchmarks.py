@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora.method.forward import effective_flops
+from relora.method.flops import effective_flops
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 POSITIVE = ("_s", "_bytes", "flops", "speed", "median_s", "mb_per_s", "flop_limit", "tokens_per_s")

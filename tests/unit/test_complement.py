@@ -431,6 +431,23 @@ def test_a_layer_in_its_turn_steps_as_it_would_among_all():
     assert alone.relora.complement_report.num_layers == 1
 
 
+@pytest.mark.parametrize("is_model_first", [True, False])
+@pytest.mark.parametrize("init", ["orthonormal", "columns"])
+def test_a_resumed_run_sees_by_the_rows_that_were_loaded_whatever_was_loaded_first(init, is_model_first):
+    config = replace(CONFIG, init=init, reset="transport", restart_every=3)
+    whole, cut, resumed = (Loop(config, tiny_model()) for _ in range(3))
+    whole.run(1, 9)
+    cut.run(1, 4)
+    if is_model_first:
+        resumed.model.load_state_dict(cut.model.state_dict())
+    resumed.optimizers[0].load_state_dict(cut.optimizers[0].state_dict())
+    resumed.relora.load_state_dict(cut.relora.state_dict())
+    if not is_model_first:
+        resumed.model.load_state_dict(cut.model.state_dict())
+    resumed.run(5, 9)
+    assert differing(resumed.everything(), whole.everything()) == []
+
+
 def test_turns_go_on_where_a_resumed_run_left_them():
     config = replace(CONFIG, residual_layers=1, restart_every=3)
     whole, cut = Loop(config, tiny_model()), Loop(config, tiny_model())

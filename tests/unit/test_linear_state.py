@@ -20,7 +20,7 @@ from method_samples import (
     train_factors_,
 )
 from reference import low_rank
-from relora import LoRALinear, ReLoRAConfig, inject, lora_parameters, merge_and_reinit_
+from relora import ConfigError, LoRALinear, ReLoRAConfig, inject, lora_parameters, merge_and_reinit_
 from relora.method.spectrum import function_weights
 
 R3 = ReLoRAConfig(rank=3)
@@ -301,13 +301,42 @@ def test_a_layers_buffers_and_parameters_are_all_in_its_state_dict() -> None:
     assert set(state) == {"weight", "bias", "lora_A", "lora_B", "lora_scaling", "weight_residual"}
 
 
+COLUMNS = ReLoRAConfig(rank=3, factors="B", init="columns")
+
+
+def injected(config: ReLoRAConfig, *, seed: int = 0) -> LoRALinear:
+    layer = linear(9, 11)
+    inject(layer, config, seed=seed)
+    assert isinstance(layer, LoRALinear)
+    return layer
+
+
 def test_rows_that_select_no_input_are_refused_where_they_are_taken_to() -> None:
-    source, target = linear(9, 11), linear(9, 11)
-    inject(source, ReLoRAConfig(rank=3, factors="B"))
-    inject(target, ReLoRAConfig(rank=3, factors="B", init="columns"))
+    source, target = injected(ReLoRAConfig(rank=3, factors="B")), injected(COLUMNS)
+    rows = target.lora_A.detach().clone()
     with pytest.raises(RuntimeError, match="lora_A is of another init"):
         target.load_state_dict(source.state_dict())
-    other = linear(9, 11)
-    inject(other, ReLoRAConfig(rank=3, factors="B", init="columns"), seed=5)
+    assert torch.equal(target.lora_A, rows)
+    other = injected(COLUMNS, seed=5)
     target.load_state_dict(other.state_dict())
-    assert torch.equal(target.selected, other.selected)
+    assert target.selected is not None and torch.equal(target.selected, other.lora_A.argmax(1))
+
+
+def test_a_merge_refuses_rows_that_were_written_to_behind_the_forward_pass() -> None:
+    layer = injected(COLUMNS)
+    train_factors_(layer)
+    with torch.no_grad():
+        layer.lora_A[0, :2] = 0.5
+    before = layer.weight.detach().clone()
+    with pytest.raises(ConfigError, match="no weight was changed: lora_A was written to"):
+        merge_and_reinit_(layer, seed=0, restart_index=1)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_rows_that_somebody_trains_get_their_gradient(tokens: int) -> None:
+    layer = injected(COLUMNS)
+    train_factors_(layer)
+    layer.lora_A.requires_grad_()
+    layer(torch.randn(tokens, 9)).square().sum().backward()
+    assert layer.lora_A.grad is not None and layer.lora_A.grad.count_nonzero() == layer.lora_A.numel()

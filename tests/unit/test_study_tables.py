@@ -123,7 +123,42 @@ def test_what_is_no_other_study_is_refused(folders: Path, like: str, said: str):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("head", ["study = 3", "[[study]]\nsteps = 3"])
+def test_another_study_without_a_head_is_refused(folders: Path, head: str):
+    (folders / "older" / "study.toml").write_text(head)
+    with pytest.raises(ConfigError, match=r"study\.like: .*older/study\.toml has no table \[study\]"):
+        read(folders)
+
+
+def test_a_method_may_be_called_as_a_length_is(folders: Path):
+    older = folders / "older" / "study.toml"
+    older.write_text(OLDER + '\n[methods.tokens]\nmethod = "lora"\n')
+    study = read(folders, {"[methods.lora]": "[methods.steps]\nmethod = 'lora'\n[methods.lora]"})
+    assert [arm.name for arm in study.arms] == ["full", "lora", "tokens", "steps"]
+
+
+def test_three_studies_in_a_row_with_bases_of_their_own_from_any_folder(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+):
+    third = folders / "third"
+    third.mkdir()
+    (third / "own.toml").write_text(BASE.replace("512", "600"))
+    (third / "study.toml").write_text('[study]\nlike = "../newer"\nbase = "own.toml"\nseeds = [4]\n')
+    monkeypatch.chdir(third)
+    for path in (Path("study.toml"), third / "study.toml"):
+        study = read_study(path)
+        assert study.base["data"] == {"vocab_size": 600}
+        assert study.seeds == (4,) and study.settings["relora.alpha"] == 8.0
+        assert study.settings["relora.rank"] == 4
+
+
+def test_a_file_of_another_name_is_a_study_of_that_name(folders: Path):
+    path = folders / "older" / "longer.toml"
+    path.write_text('[study]\nlike = "study.toml"\ntokens = 200_000\n')
+    assert read_study(path).name == "longer"
+
+
 def test_a_mistake_in_the_other_study_is_said(folders: Path):
     (folders / "older" / "study.toml").write_text(OLDER.replace("rank = 4", "rnak = 4"))
-    with pytest.raises(ConfigError, match="rnak"):
+    with pytest.raises(ConfigError, match=r"(?s)newer/study\.toml \(like .*older/study\.toml\) .*rnak"):
         read(folders)

@@ -11,6 +11,7 @@ import tyro
 
 from relora.cli.arguments import VerbArguments, parse
 from relora.cli.output import print_json, print_result, stdout_for_result
+from relora.errors import ConfigError
 
 
 def _cores() -> int:
@@ -51,6 +52,10 @@ def run(words: Sequence[str]) -> int:
         from relora.lab.study_file import read_study
         from relora.lab.study_tables import study_file
 
+        if "--arms" in words and (arguments.tables_only or not arguments.arms):
+            raise ConfigError(
+                "--arms names the arms to train now, one at least, and has no place beside --tables-only"
+            )
         path = study_file(arguments.study)
         study = read_study(path)
         folder = arguments.out or Path("runs") / study.name

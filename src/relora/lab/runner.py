@@ -104,7 +104,7 @@ class Runner:
         cells = predicted(self._study, self._folder / "cells")
         self._observer.begin(**self._amount(cells))
         # Once, instead of by each process, all but one of them waiting.
-        self._texts.check(cells)
+        self._texts.check([cell for cell in cells if self._is_wanted(cell)])
         stopping = False
         plan = self._look()
         while True:
@@ -128,7 +128,9 @@ class Runner:
         """Plan again until finished cells tell nothing new."""
         while True:
             plan = self._planner.plan(self._outcomes)
-            for cell in plan.cells:  # what won may bring texts that were not foreseen
+            for cell in filter(
+                self._is_wanted, plan.cells
+            ):  # what won may bring texts that were not foreseen
                 with suppress(DataError):  # which its own process tells, while the others go on
                     self._texts.check([cell])
             unknown = [cell for cell in plan.cells if cell.name not in self._outcomes]
@@ -150,7 +152,8 @@ class Runner:
 
     def _note(self, cell: Cell, outcome: Outcome) -> None:
         self._outcomes[cell.name] = outcome
-        self._observer.ended(cell, outcome)
+        if self._is_wanted(cell):
+            self._observer.ended(cell, outcome)
 
     def _start_what_can(self, plan: WorkPlan) -> None:
         for cell in plan.cells:

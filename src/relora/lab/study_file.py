@@ -47,8 +47,10 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: if it cannot be read, or listing everything that is wrong with it.
     """
-    tables, source = read_tables(path)
-    return build_study(tables, source=source, subject=f"study {path}", beside=path.parent)
+    found = read_tables(path)
+    own, *others = found.files
+    subject = f"study {own}" + "".join(f" (like {other})" for other in others)
+    return build_study(found.tables, source=found.source, subject=subject, beside=path.parent)
 
 
 def build_study(tables: Table, *, source: str, subject: str, beside: Path) -> Study:

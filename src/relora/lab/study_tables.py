@@ -7,6 +7,7 @@ steps or tokens, replaces the other kind too.
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,30 @@ def study_file(given: Path) -> Path:
     return path
 
 
-def read_tables(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the tables of a study file over those of the studies it is like, and the text of all of them,
-    its own first.
+@dataclass(frozen=True, kw_only=True)
+class StudyTables:
+    """What a study file says, with what it takes from others."""
+
+    tables: dict[str, Any]
+    source: str
+    """The text of all files, its own first."""
+    files: tuple[Path, ...]
+    """Itself, and those it is like."""
+
+
+def read_tables(path: Path) -> StudyTables:
+    """Read a study file and the studies it is like.
 
     Raises:
         ConfigError: if one cannot be read, or a study is like itself.
     """
-    return _read(path, ())
+    found = _read(path, ())
+    if path.name != STUDY_FILE and isinstance(head := found.tables.get("study"), dict):
+        head.setdefault("name", path.stem)
+    return found
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
+def _read(path: Path, readers: tuple[Path, ...]) -> StudyTables:
     try:
         source = path.read_bytes().decode("utf-8")
         tables = tomllib.loads(source)
@@ -51,24 +65,30 @@ def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"study {path} is not valid TOML: {error}") from error
     head = tables.get("study")
     if not isinstance(head, dict):
-        return tables, source  # for the reader of studies to refuse
+        return StudyTables(tables=tables, source=source, files=(path,))  # for the reader of studies to refuse
     if isinstance(base := head.get("base"), str) and (path.parent / base).is_file():
-        head["base"] = str(path.parent / base)
+        head["base"] = str((path.parent / base).resolve())
     like = head.pop("like", None)
     if like is None:
-        return tables, source
+        return StudyTables(tables=tables, source=source, files=(path,))
     if not isinstance(like, str):
         raise ConfigError(f"study {path}: study.like must be the file or folder of a study, not {like!r}")
     chain = (*readers, path.resolve())
     try:
         other = study_file(path.parent / like)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         raise ConfigError(f"study {path}: study.like: {error}") from error
     if other.resolve() in chain:
         raise ConfigError(f"study {path}: study.like leads back to {other}: a study cannot be like itself")
-    older, older_source = _read(other, chain)
-    older.get("study", {}).pop("name", None)
-    return _laid_over(older, tables), f"{source.rstrip()}\n\n# like = {like!r}:\n\n{older_source}"
+    older = _read(other, chain)
+    if not isinstance(older.tables.get("study"), dict):
+        raise ConfigError(f"study {path}: study.like: {other} has no table [study]")
+    older.tables["study"].pop("name", None)
+    return StudyTables(
+        tables=_laid_over(older.tables, tables),
+        source=f"{source.rstrip()}\n\n# like = {like!r}:\n\n{older.source}",
+        files=(path, *older.files),
+    )
 
 
 def _laid_over(older: Table, newer: Table) -> dict[str, Any]:
@@ -78,7 +98,7 @@ def _laid_over(older: Table, newer: Table) -> dict[str, Any]:
         old, new = older.get(name), newer.get(name)
         if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
             continue
-        if any(length in new for length in _LENGTHS):
+        if name in ("study", "tuning") and any(length in new for length in _LENGTHS):
             old = {key: value for key, value in old.items() if key not in _LENGTHS}
         merged[name] = _by_key(old, new) if name in _BY_KEY else {**old, **new}
     return merged

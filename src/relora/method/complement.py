@@ -24,11 +24,13 @@ the turns that a layer waits: that would be residual_scale times their number, s
 
 Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again,
 as full rank pays; 4 * out * in * rank a micro batch for the projection, of which lora_B's gradient s G A^T
-comes as well (on the effective path), so that it costs no token anything; x kept for the backward, as at
-full rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed an all-reduce
-of them (1 or 2 bytes a weight). G is made a block of rows at a time, never whole.
+comes as well (on the effective path), so that it costs no token anything, and nothing at all where lora_A
+selects inputs; x kept for the backward, as at full rank; the votes or sums, from a layer's backward to
+`after_step`; under torch.distributed an all-reduce of them (1 or 2 bytes a weight). G is made a block of rows
+at a time, never whole.
 
-Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all.
+Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all, except
+where lora_A selects inputs: there an entry of G stands for itself.
 """
 
 import math
@@ -54,7 +56,12 @@ class LayerObserver(GradientObserver):
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
         super().__init__(layer, residual)
         self.layer = layer
-        self._selected = layer.selected
+        self._selected: Tensor | None = None
+
+    def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
+        """Add one backward pass."""
+        self._selected = self.layer.selected
+        return super().observe(x, gradient)
 
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
         lora_A = self.layer.lora_A.detach()
@@ -67,7 +74,7 @@ class LayerObserver(GradientObserver):
     @property
     def flops(self) -> int:
         """What looking has cost so far: G, and its projection out of rows of lora_A that select no input."""
-        if self._selected is not None:
+        if self.layer.selects_inputs:
             return super().flops
         weights = self.layer.out_features * self.layer.in_features
         return super().flops + 4 * weights * self.layer.config.rank * self.num_passes

@@ -88,7 +88,8 @@ class ReLoRAConfig:
     (base_dtype "int8" or "nf4")."""
     forward: Forward = "auto"
     """"effective" applies W + scaling * lora_B @ lora_A as one weight, "factored" base and factors one after
-    the other; "auto" takes the one of fewer FLOPs. Dropout in training is always factored."""
+    the other; "auto" takes the one of fewer FLOPs, init="columns" left out. Dropout in training is always
+    factored."""
     base_weight_decay: float = 0.0
     """Decoupled weight decay of the frozen base: a cycle's product of (1 - lr * decay) is applied at its
     restart."""

@@ -1,22 +1,12 @@
-"""The two ways to apply a low-rank layer, and which of them costs less.
+"""The two ways to apply a low-rank layer.
 
     factored:   y = x W^T + bias + (x A^T) (s B)^T
     effective:  y = x (W + s B A)^T + bias
 
-For T tokens and a weight of (m, n) at rank r, in FLOPs of forward and backward together:
-
-    factored    4Tmn + 6Tr(m + n)              one-sided  4Tmn + 2Tr(2n + 3m)
-    effective   4Tmn + 4Tr(m + n) + 4mnr       one-sided  4Tmn + 2Tr(n + m) + 4mnr
-
-against 6Tmn at full rank. Where each row of A selects one input (init="columns"), a product with A is a
-gather or an addition to r columns, and neither path pays for it:
-
-    factored    4Tmn + 6Trm                effective  4Tmn + 2Trm
-
-The effective weight is formed twice, in the forward and again in the backward,
-rather than kept between them: kept, it would be one more copy of the model, held by every layer at once,
-while forming costs r / T of one of the layer's products. So the backward has the layer's input alone, and
-with lora_A frozen only x A^T, which is rank wide.
+Which of them costs less is module `flops`. The effective weight is formed twice, in the forward and again in
+the backward, rather than kept between them: kept, it would be one more copy of the model, held by every
+layer at once, while forming costs r / T of one of the layer's products. So the backward has the layer's input
+alone, and with lora_A frozen only x A^T, which is rank wide.
 
 What is rounded where: the sum W + s B A is rounded once, to the dtype of the products. With a float32 base
 under bfloat16 autocast that is what full-rank training does to its float32 weight. A base stored in bfloat16
@@ -51,49 +41,6 @@ class Decoder(Protocol):
 
     def decode(self, stored: Tensor, scale: Tensor, *, columns: int, dtype: torch.dtype) -> Tensor:
         """Return (rows, columns) values of the rows stored, in `dtype`."""
-
-
-def factored_flops(
-    tokens: int,
-    *,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    one_sided: bool,
-    selects: bool = False,
-) -> int:
-    """Return the FLOPs of a factored forward and backward; `selects` where lora_A selects inputs."""
-    m, n = out_features, in_features
-    if selects:
-        return 4 * tokens * m * n + 6 * tokens * rank * m
-    return 4 * tokens * m * n + 2 * tokens * rank * (2 * n + 3 * m if one_sided else 3 * n + 3 * m)
-
-
-def effective_flops(
-    tokens: int,
-    *,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    one_sided: bool,
-    selects: bool = False,
-) -> int:
-    """Return the FLOPs of a forward and backward through the effective weight."""
-    m, n = out_features, in_features
-    if selects:
-        return 4 * tokens * m * n + 2 * tokens * rank * m
-    return 4 * tokens * m * n + (2 if one_sided else 4) * tokens * rank * (m + n) + 4 * m * n * rank
-
-
-def least_tokens(*, out_features: int, in_features: int, one_sided: bool) -> int:
-    """Return the number of tokens from which on the effective weight costs fewer FLOPs; the rank cancels.
-    Where lora_A selects inputs it always does, but is a copy of the weight to make: the same number serves.
-
-    One number for training and evaluation alike, so that a recomputed forward takes the path of the first,
-    and a compiled model with varying lengths has two graphs at most for each.
-    """
-    m, n = out_features, in_features
-    return 2 * m * n // (n + 2 * m if one_sided else n + m) + 1
 
 
 def effective_linear(

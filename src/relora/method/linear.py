@@ -21,16 +21,14 @@ from relora.method.casts import InputCasts, compute_dtype
 from relora.method.codecs import BaseCodec
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS, Draw
-from relora.method.forward import (
-    Rows,
-    effective_linear,
-    frozen_linear,
-    least_tokens,
-    plain_linear,
-)
+from relora.method.flops import least_tokens
+from relora.method.forward import Rows, effective_linear, frozen_linear, plain_linear
 from relora.method.master import keeping
 from relora.method.observe import Observer, observed, product_of
 from relora.method.scaling import initial_scaling
+
+_LEAST_GATHERED = 16
+"""Tokens from which on finding the inputs that lora_A selects costs less than a product with it."""
 
 _FACTORS = ("lora_A", "lora_B", "lora_scaling")
 _OWN_ATTRIBUTES = {
@@ -130,11 +128,14 @@ class LoRALinear(FrozenBase):
         return self.fixed_scaling if self.lora_scaling is None else self.lora_scaling
 
     @property
+    def selects_inputs(self) -> bool:
+        """Whether each row of lora_A selects one input: with init="columns", and lora_A frozen."""
+        return self.config.factor_init == "columns" and not self.lora_A.requires_grad
+
+    @property
     def selected(self) -> Tensor | None:
-        """Which input each row of lora_A selects, (rank,), with init="columns" and lora_A frozen."""
-        if self.config.factor_init != "columns" or self.config.factors == "both":
-            return None
-        return self.lora_A.detach().argmax(1)
+        """Which input each row of lora_A selects, (rank,); None where they do not do that."""
+        return self.lora_A.detach().argmax(1) if self.selects_inputs else None
 
     @property
     def merge_dtype(self) -> torch.dtype:
@@ -166,9 +167,9 @@ class LoRALinear(FrozenBase):
                 selected=self.selected,
             )
             return observed(output, input, self.observers, seen)
-        # With lora_A frozen autograd keeps only the rank-wide product of the first F.linear, not the input.
+        # With lora_A frozen autograd keeps only what is rank wide of the input.
         low = F.dropout(input, self.config.dropout, self.training) if self.config.dropout else input
-        low = Rows(self.lora_A, self.selected).of(low) * self.scaling
+        low = self._rows(input).of(low) * self.scaling
         output = self._base(input) + F.linear(low, self.lora_B.to(input.dtype))
         return observed(output, input, self.observers)
 
@@ -186,6 +187,14 @@ class LoRALinear(FrozenBase):
             one_sided=self.config.factors == "B",
         )
         return math.prod(input.shape[:-1]) >= least
+
+    def _rows(self, input: Tensor) -> Rows:
+        """Return lora_A for the factored path: with few tokens a product is cheaper than finding what it
+        selects, and of a nested tensor nothing can be selected.
+        """
+        if not self.selects_inputs or input.is_nested or math.prod(input.shape[:-1]) < _LEAST_GATHERED:
+            return Rows(self.lora_A)
+        return Rows(self.lora_A, self.selected)
 
     def _base(self, x: Tensor) -> Tensor:
         is_stored_as_used = self._codec is None and self.weight.dtype == compute_dtype(x)
@@ -256,7 +265,12 @@ class LoRALinear(FrozenBase):
         weight = entries.get(prefix + "weight")
         if prefix + "lora_A" in entries:
             self._pending_draw = None
-            self._refuse_other_rows(entries[prefix + "lora_A"], prefix, errors=args[-1])
+            if not self.could_be_rows(entries[prefix + "lora_A"]):
+                args[-1].append(
+                    f'{prefix}lora_A is of another init: with init="columns" each row selects one input (a '
+                    "single 1); inject the model with the init it was saved with"
+                )
+                entries[prefix + "lora_A"] = self.lora_A.detach().clone()
         elif weight is not None and not any(prefix + name in entries for name in own):
             # A checkpoint of the plain model: its function is the base alone, so the delta becomes 0.
             for name, p in own.items():
@@ -266,15 +280,14 @@ class LoRALinear(FrozenBase):
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
         self._draw_pending_()
 
-    def _refuse_other_rows(self, rows: Tensor, prefix: str, *, errors: list[str]) -> None:
-        """Refuse rows that select no input where they are taken to, among the errors of load_state_dict."""
-        if self.selected is None or rows.is_meta or rows.shape != self.lora_A.shape:
-            return
-        if not (((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all()):
-            errors.append(
-                f'{prefix}lora_A is of another init: with init="columns" each row selects one input (a '
-                "single 1); inject the model with the init it was saved with"
-            )
+    def could_be_rows(self, rows: object) -> bool:
+        """Tell whether something is fit to be this layer's lora_A; what is no plain tensor is not judged."""
+        if not self.selects_inputs or type(rows) not in (Tensor, nn.Parameter):
+            return True
+        assert isinstance(rows, Tensor)
+        if rows.is_meta or rows.shape != self.lora_A.shape:
+            return True
+        return bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all())
 
     def extra_repr(self) -> str:
         """Show the shape, rank and scaling in `print(model)`."""

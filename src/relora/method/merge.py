@@ -103,10 +103,16 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
         keep: What weight decay leaves of the base.
 
     Raises:
-        ConfigError: if a layer is sharded.
+        ConfigError: if a layer is sharded, or its lora_A no longer selects inputs with init="columns".
         NonFiniteError: naming every layer whose merged weight would not be finite; nothing has changed then.
     """
     refuse_sharded(layers)
+    changed = [layer.name or "the layer" for layer in layers if not layer.could_be_rows(layer.lora_A)]
+    if changed:
+        raise ConfigError(
+            f"merge refused, no weight was changed: lora_A was written to in {', '.join(changed)}, and with "
+            'init="columns" each row must select one input (a single 1), as the forward pass has taken it to'
+        )
     for layer in layers:
         layer.drop_stale_residual_()
     broken = [layer.name or "the layer" for layer in layers if not _is_mergeable(layer, keep)]
