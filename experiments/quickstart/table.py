@@ -22,11 +22,10 @@ NAMES = {
     "relora-B": "ReLoRA, one-sided (factors B, matched scale)",
     "relora-B-columns": "the same, lora_A selecting inputs, moments carried",
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
-    "relora-cold": "the sign step from cold, without a warm start",
+    "relora-cold": "ReLoRA, sign step, from cold: no warm start",
     "relora-columns": "that, lora_A selecting inputs, moments carried",
 }
 COLORS = {
-    "full": "#333333",
     "lora": "#999999",
     "relora-both": "#c7781b",
     "relora-B": "#1f6fb4",
@@ -122,25 +121,34 @@ def in_words(values: list[float], *, digits: int = 2) -> str:
     return f"{found.mean:.{digits}f}{deviation}"
 
 
+def behind(cell: dict, full: dict) -> dict[int, float]:
+    """Return by step how many nat a run's held-out loss lies above full rank's of the same seed."""
+    reference = dict(full["curve"])
+    return {step: loss - reference[step] for step, loss in cell["curve"] if step in reference}
+
+
 def draw(best: dict[str, list[dict]], path: Path) -> None:
-    """Draw held-out perplexity against steps, every seed a line."""
+    """Draw against steps how far each arm lies from full rank: the mean over seeds, and their range."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    full = {cell["seed"]: cell for cell in best["full"]}
     with rc_context({"svg.hashsalt": "quickstart", "svg.fonttype": "none", "font.size": 10}):
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
+        axes.axhline(0, color="#333333", lw=1.4, label="tuned full rank")
         for arm, color in COLORS.items():
-            for index, cell in enumerate(best.get(arm, [])):
-                steps, losses = zip(*cell["curve"], strict=True)
-                label = NAMES[arm] if index == 0 else None
-                axes.plot(steps, [math.exp(loss) for loss in losses], color=color, lw=1.4, label=label)
+            runs = [behind(cell, full[cell["seed"]]) for cell in best[arm]]
+            steps = sorted(set.intersection(*map(set, runs)))
+            ends = [[run[step] for run in runs] for step in steps]
+            axes.plot(steps, [mean(end) for end in ends], color=color, lw=1.6, label=NAMES[arm])
+            axes.fill_between(
+                steps, [min(end) for end in ends], [max(end) for end in ends], color=color, alpha=0.13, lw=0
+            )
         axes.axvline(120, color="#bbbbbb", lw=1, ls=":")
-        axes.annotate("switch", (120, 0.02), xycoords=("data", "axes fraction"), color="#777777")
-        axes.set(xlabel="step (4,096 tokens each)", ylabel="held-out perplexity", yscale="log")
-        axes.set_yticks([35, 50, 100, 200, 400], labels=["35", "50", "100", "200", "400"])
-        axes.minorticks_off()
-        axes.legend(frameon=False)
+        axes.annotate("switch", (123, 0.93), xycoords=("data", "axes fraction"), color="#777777")
+        axes.set(xlabel="step (4,096 tokens each)", ylabel="held-out loss over full rank's, nat")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, metadata={"Date": None})
 
