@@ -166,12 +166,7 @@ def record(name: str, result: Mapping[str, Any], options: argparse.Namespace) ->
     """Return a result with where it was taken, and write it where asked; a long benchmark does so as it goes,
     so that what it has measured is there if it is stopped.
     """
-    head = {
-        "benchmark": name,
-        "is_quick": options.quick,
-        "is_complete": False,
-        "environment": environment(),
-    }
+    head = {"benchmark": name, "is_quick": options.quick, "is_complete": False, "environment": environment()}
     whole = head | dict(result)
     path: Path | None = options.json
     if path is not None:

@@ -20,7 +20,7 @@ from common import arguments, bar, chosen_precisions, interleaved, note, publish
 from torch import Tensor, nn
 
 from relora import ReLoRAConfig, inject
-from relora.method.flops import effective_flops, factored_flops
+from relora.method.flops import layer_flops
 
 DIVISORS = (16, 4, 8, 32)
 SHARE_OF_LIMIT = 0.85
@@ -49,9 +49,10 @@ def flops(hidden: int, rank: int, tokens: int, settings: dict[str, Any] | None) 
     """Return the FLOPs of forward and backward."""
     if settings is None:
         return 6 * tokens * hidden**2
-    count = effective_flops if settings["forward"] == "effective" else factored_flops
     kind = {"one_sided": settings.get("factors") == "B", "selects": settings.get("init") == "columns"}
-    return count(tokens, out_features=hidden, in_features=hidden, rank=rank, **kind)
+    return layer_flops(
+        settings["forward"], tokens, out_features=hidden, in_features=hidden, rank=rank, **kind
+    )
 
 
 def one_step(layer: nn.Module, x: Tensor, grad: Tensor, *, autocast: bool) -> None:

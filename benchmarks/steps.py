@@ -7,8 +7,8 @@ stack of LLaMA decoder layers. Methods take turns within a round; a speed is the
 ratio within a round. Its limit is the ratio of the FLOPs counted in the steps themselves: the matrix products
 of layers, attention, head and optimizer. PEFT LoRA trains its factors alone, so it is compared with ReLoRA
 training the same ("factors only"). GaLore's projectors are made in a first step, which is given apart: the
-timed steps have no refresh. The exponents say how a layer's
-seconds grow with hidden_size. The cells of the bars come first, and the file is written after each cell.
+timed steps have no refresh. The exponents say how a layer's seconds grow with hidden_size. The cells of the
+bars come first, and the file is written after each cell.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora.method.flops import effective_flops
+from relora.method.flops import layer_flops
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 POSITIVE = ("_s", "_bytes", "flops", "speed", "median_s", "mb_per_s", "flop_limit", "tokens_per_s")
@@ -104,7 +104,7 @@ def test_the_flops_counted_in_a_step_are_those_of_the_formulas(monkeypatch: pyte
         counted[name] = training.Stepper(model, optimizer, batch, precision="fp32").flops()
     saved = sum(
         6 * batch.numel() * m * n
-        - effective_flops(batch.numel(), out_features=m, in_features=n, rank=8, one_sided=False)
+        - layer_flops("effective", batch.numel(), out_features=m, in_features=n, rank=8, one_sided=False)
         for m, n in (weight.shape for weight in training.wrapped_matrices(plain))
     )
     assert counted["full"] - counted["effective"] == saved

@@ -17,7 +17,7 @@ from method_samples import LAYER_KINDS, as_rows, linear, max_difference, numpy64
 from reference import low_rank
 from relora import ConfigError, LoRALinear, ReLoRAConfig, inject, merge_and_reinit_
 from relora.method.casts import InputCasts
-from relora.method.flops import effective_flops, factored_flops, least_tokens
+from relora.method.flops import layer_flops, least_tokens
 from relora.method.forward import effective_linear
 
 Path = Literal["auto", "factored", "effective"]
@@ -344,12 +344,10 @@ def counted_flops(layer: LoRALinear, tokens: int) -> int:
 def test_the_flops_of_both_paths_are_what_torch_counts(
     factors: str, shape: tuple[int, int], tokens: int
 ) -> None:
-    counts = {"factored": factored_flops, "effective": effective_flops}
     for path in PATHS:
         layer = layer_of(path, factors=factors, shape=shape, rank=5)
-        count = counts[path](
-            tokens, out_features=shape[1], in_features=shape[0], rank=5, one_sided=factors == "B"
-        )
+        sides = {"out_features": shape[1], "in_features": shape[0], "one_sided": factors == "B"}
+        count = layer_flops(path, tokens, rank=5, **sides)  # type: ignore[arg-type]
         assert counted_flops(layer, tokens) == count, path
 
 
@@ -361,8 +359,8 @@ def test_auto_takes_the_path_of_fewer_flops(factors: str, shape: tuple[int, int]
     auto = layer_of("auto", factors=factors, shape=shape, rank=5)
     for tokens in (1, least - 1, least, least + 1, 4 * least):
         by_path = {
-            "factored": factored_flops(tokens, rank=5, **sides),  # type: ignore[arg-type]
-            "effective": effective_flops(tokens, rank=5, **sides),  # type: ignore[arg-type]
+            path: layer_flops(path, tokens, rank=5, **sides)  # type: ignore[arg-type]
+            for path in PATHS
         }
         assert counted_flops(auto, tokens) == min(by_path.values())
 
@@ -370,15 +368,16 @@ def test_auto_takes_the_path_of_fewer_flops(factors: str, shape: tuple[int, int]
 @pytest.mark.parametrize("tokens", [20, 200])
 def test_a_lora_A_that_selects_inputs_costs_no_product(tokens: int) -> None:
     sides = {"out_features": 20, "in_features": 24, "rank": 5, "one_sided": True, "selects": True}
-    for path, count in (("factored", factored_flops), ("effective", effective_flops)):
-        layer = layer_of(path, factors="columns", shape=(24, 20), rank=5)  # type: ignore[arg-type]
-        assert counted_flops(layer, tokens) == count(tokens, **sides)  # type: ignore[arg-type]
+    for path in PATHS:
+        layer = layer_of(path, factors="columns", shape=(24, 20), rank=5)
+        assert counted_flops(layer, tokens) == layer_flops(path, tokens, **sides)  # type: ignore[arg-type]
 
 
 def test_the_whole_gradient_is_formed_only_where_that_is_cheaper() -> None:
     for rank in (4, 6, 12, 23):
         count = counted_flops(layer_of("effective", shape=(24, 24), rank=rank), 500)
-        assert count <= effective_flops(500, out_features=24, in_features=24, rank=rank, one_sided=False)
+        most = layer_flops("effective", 500, out_features=24, in_features=24, rank=rank, one_sided=False)
+        assert count <= most
 
 
 @pytest.mark.parametrize("path", ["auto", "factored", "effective"])

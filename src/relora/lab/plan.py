@@ -13,7 +13,7 @@ from pathlib import Path
 
 from relora.errors import ConfigError
 from relora.lab.choice import Settings, Tried, beyond, choose
-from relora.lab.study import Arm, Budget, Cell, Stage, Study
+from relora.lab.study import Arm, Budget, Cell, Stage, Study, arm_named
 from relora.train.recipe_io import nearest
 
 
@@ -150,12 +150,13 @@ def wanted_cells(study: Study, names: Sequence[str]) -> Callable[[Cell], bool]:
     Raises:
         ConfigError: for a name that no arm has.
     """
-    arms = [arm for arm in study.arms if not names or {arm.name, arm.name.partition(" ")[0]} & set(names)]
-    known = {name for arm in study.arms for name in (arm.name, arm.name.partition(" ")[0])}
-    unknown = [f"{name!r}{nearest(name, known)}" for name in names if name not in known]
+    varied: dict[str, Settings] = {arm.name: {} for arm in study.arms}
+    meant = {name: arm_named(varied, name, {}) for name in names}
+    known = {*varied, *(name.partition(" ")[0] for name in varied)}
+    unknown = [f"{name!r}{nearest(name, known)}" for name, arms in meant.items() if not arms]
     if unknown:
         raise ConfigError(f"study {study.name} has no arm {', '.join(unknown)}")
-    trained = {arm.name for arm in arms}
+    trained = {arm for arms in meant.values() for arm in arms} or set(varied)
     tuned = set(trained)
     for arm in reversed(study.arms):  # every arm follows the one it inherits from
         if arm.name in tuned and arm.inherit is not None:

@@ -101,10 +101,10 @@ class Runner:
             ConfigError: if cells of the study were trained on another text.
             DataError: if a text of the study cannot be prepared.
         """
-        cells = predicted(self._study, self._folder / "cells")
-        self._observer.begin(**self._amount(cells))
+        cells = self._wanted(predicted(self._study, self._folder / "cells"))
+        self._observer.begin(**_amount(cells))
         # Once, instead of by each process, all but one of them waiting.
-        self._texts.check([cell for cell in cells if self._is_wanted(cell)])
+        self._texts.check(cells)
         stopping = False
         plan = self._look()
         while True:
@@ -128,9 +128,7 @@ class Runner:
         """Plan again until finished cells tell nothing new."""
         while True:
             plan = self._planner.plan(self._outcomes)
-            for cell in filter(
-                self._is_wanted, plan.cells
-            ):  # what won may bring texts that were not foreseen
+            for cell in self._wanted(plan.cells):  # what won may bring texts that were not foreseen
                 with suppress(DataError):  # which its own process tells, while the others go on
                     self._texts.check([cell])
             unknown = [cell for cell in plan.cells if cell.name not in self._outcomes]
@@ -142,13 +140,12 @@ class Runner:
             for cell, outcome in found:
                 self._note(cell, outcome)
             if not found:
-                self._observer.grown(**self._amount(plan.cells))
+                self._observer.grown(**_amount(self._wanted(plan.cells)))
                 self._drop_checkpoints(plan)
                 return plan
 
-    def _amount(self, cells: Sequence[Cell]) -> dict[str, int]:
-        wanted = [cell for cell in cells if self._is_wanted(cell)]
-        return {"total_tokens": sum(cell.tokens for cell in wanted), "num_cells": len(wanted)}
+    def _wanted(self, cells: Sequence[Cell]) -> list[Cell]:
+        return [cell for cell in cells if self._is_wanted(cell)]
 
     def _note(self, cell: Cell, outcome: Outcome) -> None:
         self._outcomes[cell.name] = outcome
@@ -156,12 +153,10 @@ class Runner:
             self._observer.ended(cell, outcome)
 
     def _start_what_can(self, plan: WorkPlan) -> None:
-        for cell in plan.cells:
+        for cell in self._wanted(plan.cells):
             if len(self._running) >= self._num_slots:
                 return
-            if not self._is_wanted(cell) or cell.name in self._outcomes or cell.name in self._running:
-                continue
-            if not self._may_begin(cell, plan):
+            if cell.name in self._outcomes or cell.name in self._running or not self._may_begin(cell, plan):
                 continue
             self._running[cell.name] = start(
                 cell, threads=self._threads, environment=self._environment, donors=self._kin(cell, plan)
@@ -225,3 +220,7 @@ class Runner:
         if stopping:
             return self._requests.exit_code
         return int(any(not outcome.is_final for outcome in self._outcomes.values()))
+
+
+def _amount(cells: Sequence[Cell]) -> dict[str, int]:
+    return {"total_tokens": sum(cell.tokens for cell in cells), "num_cells": len(cells)}

@@ -63,14 +63,15 @@ def _read(path: Path, readers: tuple[Path, ...]) -> StudyTables:
         raise ConfigError(f"study {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"study {path} is not valid TOML: {error}") from error
+    alone = StudyTables(tables=tables, source=source, files=(path,))
     head = tables.get("study")
     if not isinstance(head, dict):
-        return StudyTables(tables=tables, source=source, files=(path,))  # for the reader of studies to refuse
+        return alone  # for the reader of studies to refuse
     if isinstance(base := head.get("base"), str) and (path.parent / base).is_file():
         head["base"] = str((path.parent / base).resolve())
     like = head.pop("like", None)
     if like is None:
-        return StudyTables(tables=tables, source=source, files=(path,))
+        return alone
     if not isinstance(like, str):
         raise ConfigError(f"study {path}: study.like must be the file or folder of a study, not {like!r}")
     chain = (*readers, path.resolve())

@@ -43,6 +43,7 @@ from relora.errors import ConfigError
 from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
+from relora.method.forward import Rows
 from relora.method.linear import LoRALinear
 from relora.method.residuals import RESIDUALS, GradientObserver, Residual, move_together_
 from relora.method.seeds import derived_generator
@@ -56,20 +57,17 @@ class LayerObserver(GradientObserver):
     def __init__(self, layer: LoRALinear, residual: Residual) -> None:
         super().__init__(layer, residual)
         self.layer = layer
-        self._selected: Tensor | None = None
+        self._rows = Rows(layer.lora_A.detach())
 
     def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
-        """Add one backward pass."""
-        self._selected = self.layer.selected
+        """Add one backward pass, seen by the rows that lora_A has now."""
+        self._rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
         return super().observe(x, gradient)
 
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        lora_A = self.layer.lora_A.detach()
-        block = block.to(lora_A.dtype)
-        if self._selected is not None:
-            return block.index_fill(1, self._selected, 0), block.index_select(1, self._selected)
-        product = block @ lora_A.T
-        return block - product @ lora_A, product
+        block = block.to(self._rows.lora_A.dtype)
+        product = self._rows.of(block)
+        return self._rows.beside(block, product), product
 
     @property
     def flops(self) -> int:

@@ -11,8 +11,11 @@ gather or an addition to r columns, and neither path pays for it:
     factored    4Tmn + 6Trm                    effective  4Tmn + 2Trm
 """
 
+from typing import Literal
 
-def factored_flops(
+
+def layer_flops(
+    path: Literal["factored", "effective"],
     tokens: int,
     *,
     out_features: int,
@@ -21,27 +24,15 @@ def factored_flops(
     one_sided: bool,
     selects: bool = False,
 ) -> int:
-    """Return the FLOPs of a factored forward and backward; `selects` where lora_A selects inputs."""
+    """Return the FLOPs of a forward and backward by a path; `selects` where lora_A selects inputs."""
     m, n = out_features, in_features
-    if selects:
-        return 4 * tokens * m * n + 6 * tokens * rank * m
-    return 4 * tokens * m * n + 2 * tokens * rank * (2 * n + 3 * m if one_sided else 3 * n + 3 * m)
-
-
-def effective_flops(
-    tokens: int,
-    *,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    one_sided: bool,
-    selects: bool = False,
-) -> int:
-    """Return the FLOPs of a forward and backward through the effective weight."""
-    m, n = out_features, in_features
-    if selects:
-        return 4 * tokens * m * n + 2 * tokens * rank * m
-    return 4 * tokens * m * n + (2 if one_sided else 4) * tokens * rank * (m + n) + 4 * m * n * rank
+    forming = 0
+    if path == "factored":
+        sides = 3 * m if selects else 2 * n + 3 * m if one_sided else 3 * (n + m)
+    else:
+        sides = m if selects else n + m if one_sided else 2 * (n + m)
+        forming = 0 if selects else 4 * m * n * rank
+    return 4 * tokens * m * n + 2 * tokens * rank * sides + forming
 
 
 def least_tokens(*, out_features: int, in_features: int, one_sided: bool) -> int:

@@ -35,6 +35,12 @@ class Rows(NamedTuple):
             return x.index_select(-1, self.selected)
         return F.linear(x, self.lora_A.to(x.dtype))
 
+    def beside(self, x: Tensor, product: Tensor) -> Tensor:
+        """Return what x (N, in_features) holds outside orthonormal rows, with `product` = x lora_A^T."""
+        if self.selected is not None:
+            return x.index_fill(1, self.selected, 0)
+        return x - product @ self.lora_A
+
 
 class Decoder(Protocol):
     """What turns the stored parts of a base into its values."""
