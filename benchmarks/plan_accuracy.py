@@ -77,6 +77,7 @@ FITTED = {
     "small, relora, checkpointing": Case(sizes=SMALL, relora=BOTH, train=CHECKPOINTING),
     "small, relora, whole logits": Case(sizes=SMALL, relora=BOTH, train={"loss_chunk_tokens": 0}),
     "small, one-sided, sign": Case(sizes=SMALL, relora=SIGN),
+    "small, one-sided, muon": Case(sizes=SMALL, relora={**SIGN, "residual": "muon"}),
     "wide, full rank, 16 tokens": Case(sizes=WIDE, vocab_size=512, **TINY_ROWS),
     "wide, relora, int8, 16 tokens": Case(sizes=WIDE, vocab_size=512, relora={**BOTH, **INT8}, **TINY_ROWS),
     "deep, relora, bf16 base on the host": Case(sizes=DEEP, relora={**BOTH, **BF16_HOST}, precision="bf16"),
@@ -102,6 +103,9 @@ HELD_OUT = {
     ),
     "odd, one-sided, sign, bf16, accumulation": Case(
         sizes=ODD, vocab_size=2000, relora={**SIGN, "rank": 40}, rows=5, batch=10, precision="bf16"
+    ),
+    "odd, columns, muon, bf16": Case(
+        sizes=ODD, relora={**SIGN, "init": "columns", "residual": "muon"}, rows=3, batch=3, precision="bf16"
     ),
     "flat, one-sided, int8, checkpointing, 1024 tokens": Case(
         sizes=FLAT, relora={**ONE_SIDED, **INT8}, rows=1, batch=1, seq_len=1024, train=CHECKPOINTING
@@ -224,7 +228,7 @@ def measured(recipe: Recipe, *, vocab_size: int) -> dict[str, int]:
             + sum(layer.host_residual.nbytes for layer in layers if layer.host_residual is not None),
             "factors": sum(p.nbytes for n, p in plain.named_parameters() if is_factor[n]),
             "gradients": sum(p.grad.nbytes for p in plain.parameters() if p.grad is not None),
-            "optimizer": state_bytes(state.optimizer.adamw),
+            "optimizer": state_bytes(state.optimizer.adamw, state.model),
         }
     held["peak"] = max(allocated(profiler))
     held["activations"] = saved_bytes(loss, tokens[:rows], recipe)

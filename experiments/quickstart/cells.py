@@ -36,7 +36,7 @@ class Cell:
     @property
     def has_warm_start(self) -> bool:
         """Whether the run begins with a full-rank phase that others may share."""
-        return self.arm not in ("full", "relora-cold", "relora-columns")
+        return self.arm not in ("full", "full-muon", "relora-cold", "relora-columns", "relora-muon")
 
     @property
     def warm_start(self) -> tuple[float, float, int]:
@@ -99,6 +99,19 @@ def cold(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-cold", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
+def muon(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
+    """As `cold`, with Muon's step on the complement at `scale` times the factors' rate."""
+    relora = ONE_SIDED | {"residual": "muon", "residual_scale": scale, "warm_start_steps": 0}
+    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-muon", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
+
+
+def full_muon(lr: float, **cell: Any) -> Cell:
+    """Full rank, hidden matrices by Muon at `lr`; embeddings, head and norms at the rate of `full`."""
+    changes = {"run": {"method": "full-muon"}, "method": {"adamw_lr": PEAK}}
+    return Cell(arm="full-muon", lr=lr, changes=changes, **cell)
+
+
 def columns(lr: float, times: float, **cell: Any) -> Cell:
     """As `one_sided`, but lora_A selects inputs, and what Adam knows of a row is carried over restarts."""
     changes = {"relora": ONE_SIDED | COLUMNS, "optim": {"factor_lr": lr * times}}
@@ -157,6 +170,11 @@ CELLS = [
     *(signed(PEAK, 1, scale=scale, rest=REST, stage="factors") for scale in (0.25, 0.5, 2)),
     *(cold(PEAK, times, rest=REST, stage="cold") for times in (1, 0.5, 2)),
     *(cold(PEAK, 0.5, rest=REST, stage="cold", seed=seed) for seed in (1, 2)),
+    *(muon(PEAK, 0.5, scale=scale, rest=REST, stage="muon") for scale in (5, 2.5, 10)),
+    *(muon(PEAK, times, scale=2.5 / times, rest=REST, stage="muon") for times in (1, 0.25)),
+    *(full_muon(lr, rest=REST, stage="muon") for lr in (1e-2, 5e-3, 2e-2)),
+    *(muon(PEAK, 0.5, scale=5, rest=REST, stage="muon seeds", seed=seed) for seed in (1, 2)),
+    *(full_muon(1e-2, rest=REST, stage="muon seeds", seed=seed) for seed in (1, 2)),
     *(columns(PEAK, times, rest=REST, stage="columns") for times in (1, 2)),
     *(cold_columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),
     *(cold_columns(PEAK, 1, scale=0.5, every=every, rest=REST, stage="every") for every in (100, 200)),

@@ -24,6 +24,8 @@ NAMES = {
     "relora-sign": "ReLoRA, one-sided, sign step on the complement",
     "relora-cold": "ReLoRA, sign step, from cold: no warm start",
     "relora-columns": "that, lora_A selecting inputs, moments carried",
+    "relora-muon": "ReLoRA, Muon's step on the complement, from cold",
+    "full-muon": "full rank by Muon",
 }
 COLORS = {
     "lora": "#999999",
@@ -31,6 +33,8 @@ COLORS = {
     "relora-B": "#1f6fb4",
     "relora-sign": "#2a9d55",
     "relora-cold": "#7a4fa3",
+    "relora-muon": "#c2255c",
+    "full-muon": "#111111",
 }
 
 

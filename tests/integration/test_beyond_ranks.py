@@ -58,14 +58,23 @@ def train_on_a_rank(rank, config, dtype):
 
 @pytest.mark.parametrize(
     ("residual", "dtype", "at_once"),
-    [("sign", torch.bfloat16, None), ("column", torch.float32, None), ("sign", torch.float32, 1)],
+    [
+        ("sign", torch.bfloat16, None),
+        ("column", torch.float32, None),
+        ("sign", torch.float32, 1),
+        ("muon", torch.bfloat16, 1),
+    ],
 )
 def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype, at_once):
     left, right = on_two_ranks(
         train_on_a_rank, replace(CONFIG, residual=residual, residual_layers=at_once), dtype
     )
     if at_once:
-        assert {(report["num_layers"], report["shared_bytes"]) for report, _ in left[1]} == {(1, 77), (1, 99)}
+        each = 1 if residual == "sign" else 2
+        assert {(report["num_layers"], report["shared_bytes"]) for report, _ in left[1]} == {
+            (1, 77 * each),
+            (1, 99 * each),
+        }
     for ours, theirs in zip(left[0], right[0], strict=True):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert left[1] == right[1]
@@ -73,10 +82,11 @@ def test_two_ranks_keep_bit_equal_weights_and_reports(residual, dtype, at_once):
     assert all(drawn is None or drawn["without_gradient"] == () for _, drawn in left[1])
 
 
-def test_two_ranks_select_and_step_on_the_same_inputs():
-    config = replace(CONFIG, init="columns", init_mix=0.0)
-    left, right = on_two_ranks(train_on_a_rank, config, torch.float32)
-    alone, _, _ = train(config)
+@pytest.mark.parametrize(("residual", "dtype"), [("sign", torch.float32), ("muon", torch.float64)])
+def test_two_ranks_select_and_step_on_the_same_inputs(residual, dtype):
+    config = replace(CONFIG, init="columns", init_mix=0.0, residual=residual)
+    left, right = on_two_ranks(train_on_a_rank, config, dtype)
+    alone, _, _ = train(config, dtype=dtype)
     for ours, theirs, single in zip(left[0], right[0], alone, strict=True):
         for name, value in ours.items():
             assert torch.equal(value, theirs[name])

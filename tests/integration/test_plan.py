@@ -182,7 +182,7 @@ def test_settings_that_are_said_to_fit_do(share: float) -> None:
 @pytest.mark.parametrize(
     ("relora", "train"),
     [
-        ({"factors": "B", "init": "orthonormal", "residual": "sign"}, PLAIN),
+        ({"factors": "B", "init": "orthonormal", "residual": "muon"}, PLAIN),
         ({"base_dtype": "bf16", "master": "host"}, CHECKPOINTING),
     ],
 )
@@ -224,6 +224,22 @@ def test_the_complements_votes_are_planned_and_both_factors_without_them() -> No
     base = 2 * (4 * 40 * 40 + 3 * 40 * 72)
     assert plan.methods["relora, one-sided"].footprint.observed_bytes == pytest.approx(base, abs=256)
     assert plan.methods["relora"].footprint.observed_bytes < 64
+
+
+def test_the_complements_momentum_is_planned_as_optimizer_state() -> None:
+    footprints = [
+        footprint(
+            recipe(relora={"factors": "B", "residual": kind, "warm_start_steps": 0}),
+            low_rank=True,
+            precision="fp32",
+        )
+        for kind in ("none", "muon")
+    ]
+    without, with_it = footprints
+    base = 2 * (4 * 40 * 40 + 3 * 40 * 72)
+    assert with_it.optimizer_bytes - without.optimizer_bytes == 2 * base
+    assert with_it.checkpoint_bytes - without.checkpoint_bytes == 2 * base
+    assert (with_it.weights_bytes, with_it.residual_bytes) == (without.weights_bytes, without.residual_bytes)
 
 
 def test_doubts_are_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

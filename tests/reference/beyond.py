@@ -50,6 +50,10 @@ class SplitAdam:
 
     def step(self, gradient: Array, *, lr: float, scaling: float, sign_lr: float) -> None:
         """Take one step with the gradient of W."""
+        self._step_in_the_rows(gradient, lr=lr, scaling=scaling)
+        self.weight -= sign_lr * np.sign(complement(gradient, self.lora_a))
+
+    def _step_in_the_rows(self, gradient: Array, *, lr: float, scaling: float) -> None:
         self.steps += 1
         low = scaling * gradient @ self.lora_a.T
         beta1, beta2 = self.betas
@@ -58,7 +62,22 @@ class SplitAdam:
         mean = self.first / (1 - beta1**self.steps)
         size = np.sqrt(self.second / (1 - beta2**self.steps)) + self.eps
         self.weight -= scaling * (lr * mean / size) @ self.lora_a
-        self.weight -= sign_lr * np.sign(complement(gradient, self.lora_a))
+
+
+class SplitMuon(SplitAdam):
+    """The same with Muon's step on the rest, without Nesterov's look ahead."""
+
+    def __init__(self, weight: Array, lora_a: Array, *, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(weight, lora_a, betas=betas, eps=eps)
+        self.mean = np.zeros_like(weight)
+
+    def step(  # type: ignore[override]
+        self, gradient: Array, *, lr: float, scaling: float, rest_lr: float, decay: float
+    ) -> None:
+        """Take one step with the gradient of W."""
+        self._step_in_the_rows(gradient, lr=lr, scaling=scaling)
+        self.mean = decay * self.mean + (1 - decay) * complement(gradient, self.lora_a)
+        self.weight -= rest_lr * 0.2 * math.sqrt(max(gradient.shape)) * newton_schulz(self.mean)
 
 
 def second_moment_carried(moment: Array, old: Array, new: Array) -> Array:
@@ -77,3 +96,14 @@ def captured(gradient: Array, rows: Array) -> float:
     """Return the energy of (out, in) in the span of orthonormal rows, over the most so many rows can have."""
     best = np.linalg.svd(gradient, compute_uv=False)[: len(rows)]
     return float(np.sum((gradient @ rows.T) ** 2) / np.sum(best**2))
+
+
+def newton_schulz(matrix: Array) -> Array:
+    """Return what five iterations of Muon's polynomial make of a matrix: of its singular values, as an odd
+    polynomial acts on nothing else.
+    """
+    norm = math.sqrt(float(np.sum(matrix**2)))
+    u, s, vh = np.linalg.svd(matrix / norm if norm else matrix, full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return np.asarray(u @ np.diag(s) @ vh)

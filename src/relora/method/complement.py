@@ -35,6 +35,7 @@ where lora_A selects inputs: there an entry of G stands for itself.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,8 +45,9 @@ from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.forward import Rows
+from relora.method.gradient_observer import GradientObserver, move_together_
 from relora.method.linear import LoRALinear
-from relora.method.residuals import RESIDUALS, GradientObserver, Residual, move_together_
+from relora.method.residuals import RESIDUALS, Residual
 from relora.method.seeds import derived_generator
 
 
@@ -69,13 +71,29 @@ class LayerObserver(GradientObserver):
         product = self._rows.of(block)
         return self._rows.beside(block, product), product
 
+    def _outside(self, momentum: Tensor) -> Tensor:
+        """Return the part outside the rows that lora_A has now. A momentum also holds what other rows left out
+        in the cycles before, and what rounding leaves of that, orthogonalising would make as large as the rest.
+        """
+        rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
+        whole = momentum.to(rows.lora_A.dtype)
+        return rows.beside(whole, rows.of(whole))
+
     @property
     def flops(self) -> int:
         """What looking has cost so far: G, and its projection out of rows of lora_A that select no input."""
+        return super().flops + self._flops_of_projecting * self.num_passes
+
+    @property
+    def _flops_of_a_step(self) -> int:
+        projections = 2 * self._flops_of_projecting if self._residual.keeps_momentum else 0
+        return super()._flops_of_a_step + projections
+
+    @property
+    def _flops_of_projecting(self) -> int:
         if self.layer.selects_inputs:
-            return super().flops
-        weights = self.layer.out_features * self.layer.in_features
-        return super().flops + 4 * weights * self.layer.config.rank * self.num_passes
+            return 0
+        return 4 * self.layer.out_features * self.layer.in_features * self.layer.config.rank
 
 
 class Complement:
@@ -92,7 +110,7 @@ class Complement:
         self._config = config
         self._seed = seed
         self._observers: list[LayerObserver] = []
-        self._num_unseen = 0
+        self._num_unseen = self._num_forgotten = 0
 
     def observers(self, steps_done: int) -> list[LayerObserver]:
         """Return the observers of the step that follows, none where it is not the k-th; what was held of an
@@ -118,7 +136,11 @@ class Complement:
         return [self._layers[position] for position in sorted(order[turn :: self._num_turns])]
 
     def drop(self) -> None:
-        """Forget what was observed of the step; nothing moves by it."""
+        """Forget what was observed of the step; nothing moves by it, and momenta that it has gone into begin
+        anew.
+        """
+        if any(observer.num_passes for observer in self._observers):
+            self._num_forgotten += sum(observer.forget_() for observer in self._observers)
         self._observers = []
 
     def refuse_unseen(self, step: int) -> None:
@@ -154,7 +176,10 @@ class Complement:
             return None
         layers = [observer.layer for observer in self._observers]
         sizes = [self._size(layer, lrs[id(layer.lora_B)]) for layer in layers]
-        return move_together_(self._observers, sizes, step=step, residual=self._config.residual)
+        report = move_together_(self._observers, sizes, step=step, residual=self._config.residual)
+        report = replace(report, num_forgotten=self._num_forgotten)
+        self._num_forgotten = 0
+        return report
 
     def _size(self, layer: LoRALinear, lr: float | Tensor) -> float | Tensor:
         rms = FACTOR_INITS[self._config.factor_init].rms(layer.in_features)

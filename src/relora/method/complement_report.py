@@ -20,9 +20,9 @@ class LayerComplement:
     non_finite: Tensor
     """Entries of G_perp on this rank that were not finite and cast no vote, int64."""
     flops: int
-    """What this rank has computed to see G_perp."""
+    """What this rank has computed to see G_perp, and to make a direction of it."""
     held_bytes: int
-    """What this rank has held from the layer's backward to the step."""
+    """What this rank has held from the layer's backward to the step; a momentum it holds for good."""
     shared_bytes: int
     """What this rank has handed to the all-reduce; 0 where it trains alone."""
 
@@ -36,6 +36,8 @@ class ComplementReport:
     layers: tuple[LayerComplement, ...]
     passes: Tensor
     """Backward passes through each layer, over all ranks, int64."""
+    num_forgotten: int = 0
+    """Momenta that began anew since the report before: a step had gone into them that was not taken."""
 
     @property
     def num_layers(self) -> int:
@@ -65,7 +67,9 @@ class ComplementReport:
 
     @property
     def flops(self) -> int:
-        """Operations of this rank to see G_perp: 2 out in a token, 4 out in rank a micro batch."""
+        """Operations of this rank to see G_perp, 2 out in a token and 4 out in rank a micro batch; and those
+        of Newton and Schulz, with "muon".
+        """
         return sum(layer.flops for layer in self.layers)
 
     @property
@@ -91,6 +95,7 @@ class ComplementReport:
             "moved_fraction": self.moved_fraction,
             "step_rms": self.step_rms,
             "num_non_finite": self.num_non_finite,
+            "num_forgotten": self.num_forgotten,
             "flops": self.flops,
             "held_bytes": self.held_bytes,
             "shared_bytes": self.shared_bytes,

@@ -12,7 +12,7 @@ ScalingRule = Literal["alpha/r", "rslora", "matched", "learned"]
 ResetMethod = Literal["zero", "random", "magnitude", "none", "transport"]
 ResetMask = Literal["coupled", "separate"]
 FactorInit = Literal["kaiming", "orthonormal", "cover", "columns", "gradient"]
-Residual = Literal["none", "sign", "column"]
+Residual = Literal["none", "sign", "column", "muon"]
 MergePrecision = Literal["float32", "native"]
 Forward = Literal["auto", "factored", "effective"]
 BaseDtype = Literal["keep", "bf16", "int8", "nf4"]
@@ -66,7 +66,8 @@ class ReLoRAConfig:
     init_mix: float = 0.0
     """Fraction of the rows of init="gradient" that are random, orthogonal to the others."""
     residual: Residual = "none"
-    """A stateless step on the gradient's part outside lora_A's rows (factors="B"): "sign" or "column"."""
+    """A step on the gradient's part outside lora_A's rows (factors="B"): "sign" or "column", without a state,
+    or "muon", with a momentum of 2 bytes a weight."""
     residual_scale: float = 1.0
     """Size of the residual's step, over that of the factors."""
     residual_every: int = 1
@@ -206,7 +207,7 @@ class ReLoRAConfig:
 
     def _unfit_together(self) -> list[str]:
         violations = []
-        if self.factors != "B" and self.residual in ("sign", "column"):
+        if self.factors != "B" and self.residual in ("sign", "column", "muon"):
             violations.append(
                 "residual must be 'none' unless factors='B': lora_A must be frozen and orthonormal to have a "
                 "complement"

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora.errors import ConfigError
-from relora.method.base import FrozenBase
 from relora.method.casts import InputCasts, compute_dtype
 from relora.method.codecs import BaseCodec
 from relora.method.config import ReLoRAConfig
@@ -24,6 +23,7 @@ from relora.method.factor_init import FACTOR_INITS, Draw
 from relora.method.flops import least_tokens
 from relora.method.forward import Rows, effective_linear, frozen_linear, plain_linear
 from relora.method.master import keeping
+from relora.method.momentum import BaseWithMomentum
 from relora.method.observe import Observer, observed, product_of
 from relora.method.scaling import initial_scaling
 
@@ -34,11 +34,11 @@ _FACTORS = ("lora_A", "lora_B", "lora_scaling")
 _OWN_ATTRIBUTES = {
     *("config", "name", "is_transposed", "fixed_scaling", "observers"),
     *("_plain_type", "_plain_trains", "_plain_attributes", "_plain_dtype", "_pending_draw"),
-    *("_codec", "_host_residual", "_residual_owner", "_casts"),
+    *("_codec", "_host_residual", "_residual_owner", "_casts", "weight_momentum"),
 }
 
 
-class LoRALinear(FrozenBase):
+class LoRALinear(BaseWithMomentum):
     """A linear layer (or a `Conv1D`, whose weight is stored transposed) with low-rank factors.
 
     Shapes: weight (out_features, in_features), or (in_features, out_features) where `is_transposed`;
@@ -99,6 +99,7 @@ class LoRALinear(FrozenBase):
         if self.config.scaling_rule == "learned":
             value = torch.tensor(self.fixed_scaling, dtype=dtype, device=weight.device)
             self.lora_scaling = nn.Parameter(value)
+        self._add_momentum_()
         self.reinit_(seed=seed, restart_index=0)
 
     def unwrap_(self) -> nn.Module:
@@ -277,6 +278,10 @@ class LoRALinear(FrozenBase):
                 value = torch.empty_like(p, device=weight.device) if p.is_meta else p.detach().clone()
                 entries[prefix + name] = value
             entries[prefix + "lora_B"].zero_()
+            if self.weight_momentum is not None:
+                entries[prefix + "weight_momentum"] = torch.zeros_like(
+                    self.weight_momentum, device=weight.device
+                )
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
         self._draw_pending_()
 

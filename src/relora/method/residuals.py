@@ -1,53 +1,70 @@
-"""Stateless steps of a frozen weight from what its layer's backward passes show of its gradient.
+"""What becomes of a frozen weight's gradient: how a step's part of it is held, and which direction it gives.
 
-What a step's passes leave is held as votes of an int8 each or as sums in bf16, made a block of rows at a
-time, so that no gradient is ever whole; after the step it becomes a direction of RMS 1 at most
-(`RESIDUALS`). The residual of low-rank layers (module `complement`) and the warm start without optimizer
-state (`state_free`) both move weights by it.
+What a step's backward passes show is held as votes of an int8 each ("sign"), as sums in bf16 ("column"), or
+goes at once into a momentum in bf16 that lasts from step to step ("muon"). After the step it becomes a
+direction of RMS 1 at most (`RESIDUALS`). Who looks at the passes and moves the weights is module
+`gradient_observer`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from relora.method.complement_report import ComplementReport, LayerComplement
-from relora.method.ranks import num_ranks, sum_over_ranks_
+Directions = Callable[[slice], Tensor]
+"""Returns rows of a direction D, (rows, in_features), in float32 at least."""
 
 _INT8_MAX = 127
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # as torch.optim.Muon has them
+_NEWTON_SCHULZ_STEPS = 5
 
 
 class Residual(Protocol):
-    """How the complement's gradients of a step are held and what direction comes of them."""
+    """How the gradients of a step are held and what direction comes of them."""
 
-    dtype: torch.dtype
-    """Of what is held, one element a weight."""
+    keeps_momentum: bool
+    """Whether what is held outlasts the step; the layer then has a tensor for it."""
 
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
-        """Add rows of one backward pass, after `num_before` others."""
+    def dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Return that of what is held, one element a weight."""
+
+    def begin_(self, held: Tensor, world_size: int) -> None:
+        """Begin a step, on this rank of so many."""
+
+    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
+        """Add rows of one backward pass, after `num_before` others of the step."""
 
     def to_share(self, held: Tensor, world_size: int) -> Tensor:
         """Return what may be summed over so many ranks."""
 
-    def scale(self, held: Tensor) -> Tensor:
-        """Return what `direction` needs to know of the whole matrix, broadcastable to its rows."""
+    def directions(self, held: Tensor) -> Directions:
+        """Return D by rows, of what all ranks hold together."""
 
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return D for rows of what is held, in float32."""
+    def flops(self, out_features: int, in_features: int) -> int:
+        """Return what making D costs in matrix products."""
 
 
 class SignVotes:
     """The sign of the sum of signs, an int8 each."""
 
-    dtype = torch.int8
+    keeps_momentum = False
 
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
+    def dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Return int8."""
+        del weight
+        return torch.int8
+
+    def begin_(self, held: Tensor, world_size: int) -> None:
+        """Nothing is left of the step before."""
+
+    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
         """Add votes; they saturate at 127, far from the tie that would decide."""
+        del world_size
         if num_before >= _INT8_MAX:
             held.clamp_(1 - _INT8_MAX, _INT8_MAX - 1)
-        held.add_(perp.sign().to(self.dtype))
+        held.add_(rows.sign().to(torch.int8))
 
     def to_share(self, held: Tensor, world_size: int) -> Tensor:
         """Return votes that cannot overflow: each rank's saturate at 127 / world_size, above which a rank
@@ -58,188 +75,116 @@ class SignVotes:
         limit = _INT8_MAX // world_size
         return held.clamp_(-limit, limit)
 
-    def scale(self, held: Tensor) -> Tensor:
-        """Return 1."""
-        return torch.ones((), dtype=torch.float32, device=held.device)
-
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
+    def directions(self, held: Tensor) -> Directions:
         """Return -1, 0 or 1."""
-        return held.sign() * scale
+        return lambda rows: held[rows].sign().float()
+
+    def flops(self, out_features: int, in_features: int) -> int:
+        """Return 0."""
+        del out_features, in_features
+        return 0
 
 
 class ColumnSum:
     """The sum of gradients with columns of RMS 1, in bf16."""
 
-    dtype = torch.bfloat16
+    keeps_momentum = False
 
-    def add_(self, held: Tensor, perp: Tensor, num_before: int) -> None:
+    def dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Return bfloat16."""
+        del weight
+        return torch.bfloat16
+
+    def begin_(self, held: Tensor, world_size: int) -> None:
+        """Nothing is left of the step before."""
+
+    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
         """Add gradients."""
-        del num_before
-        held.add_(perp)
+        del num_before, world_size
+        held.add_(rows)
 
     def to_share(self, held: Tensor, world_size: int) -> Tensor:
         """Return the sum as it is."""
         del world_size
         return held
 
-    def scale(self, held: Tensor) -> Tensor:
-        """Return 1 over the RMS of each column; 0 for a column of zeros."""
+    def directions(self, held: Tensor) -> Directions:
+        """Return rows over the RMS of each column; 0 for a column of zeros."""
         norms = torch.linalg.vector_norm(held, dim=0, dtype=torch.float32)
-        return torch.where(norms > 0, math.sqrt(len(held)) / norms, 0)
+        scale = torch.where(norms > 0, math.sqrt(len(held)) / norms, 0)
+        return lambda rows: held[rows] * scale
 
-    def direction(self, held: Tensor, scale: Tensor) -> Tensor:
-        """Return the scaled rows."""
-        return held * scale
-
-
-RESIDUALS: dict[str, Residual] = {"sign": SignVotes(), "column": ColumnSum()}
-
-
-class Movable(Protocol):
-    """A weight that moves a block of rows at a time, at its master precision."""
-
-    name: str
-    weight: nn.Parameter
-
-    @property
-    def out_features(self) -> int:
-        """Rows."""
-
-    @property
-    def in_features(self) -> int:
-        """Columns."""
-
-    def row_blocks(self) -> Iterator[slice]:
-        """Yield slices of rows."""
-
-    def master_rows(self, rows: slice) -> Tensor:
-        """Return rows at master precision."""
-
-    def write_master_rows_(self, rows: slice, value: Tensor) -> None:
-        """Store rows at master precision."""
-
-    def drop_stale_residual_(self) -> None:
-        """Prepare for writes."""
-
-    def claim_residual_(self) -> None:
-        """Conclude writes."""
+    def flops(self, out_features: int, in_features: int) -> int:
+        """Return 0."""
+        del out_features, in_features
+        return 0
 
 
-class GradientObserver:
-    """What one layer's backward passes of one step leave of its weight's gradient."""
+class MuonMomentum:
+    """The orthogonalised running mean of gradients, in bf16 (float64 beside a weight of float64).
 
-    forms_product = False
+    Each rank adds its gradient to its own copy, of which it first leaves 1 / world_size, so that their sum is
+    the same mean again and nothing but it need be held. Muon without the look ahead (Jordan et al. 2024), its
+    direction scaled to an RMS of 0.2, about that of AdamW's (Liu et al. 2025).
+    """
 
-    def __init__(self, base: Movable, residual: Residual) -> None:
-        self.num_passes = 0
-        self.num_rows = 0
-        self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._base = base
-        self._residual = residual
-        self._held: Tensor | None = None
+    keeps_momentum = True
+    decay = 0.9
+    rms = 0.2
 
-    @property
-    def held(self) -> Tensor:
-        """Votes or sums so far, (out_features, in_features); zeros if there was no backward pass."""
-        if self._held is None:
-            shape = (self._base.out_features, self._base.in_features)
-            self._held = torch.zeros(shape, dtype=self._residual.dtype, device=self._base.weight.device)
-        return self._held
+    def dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Return bfloat16, or float64 for float64."""
+        return torch.float64 if weight == torch.float64 else torch.bfloat16
 
-    def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
-        """Add one backward pass."""
-        bad = torch.zeros((), dtype=torch.int64, device=gradient.device)
-        products: list[Tensor] = []
-        for rows in self._base.row_blocks():
-            block, product = self._split(gradient[:, rows].T @ x)
-            if product is not None:
-                products.append(product)
-            is_bad = ~block.isfinite()
-            bad += is_bad.sum()
-            self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes)
-        self.num_non_finite = self.num_non_finite.to(bad.device) + bad
-        self.num_passes += 1
-        self.num_rows += len(x)
-        return torch.cat(products) if products else None
+    def begin_(self, held: Tensor, world_size: int) -> None:
+        """Leave this rank's share of the step before."""
+        held.mul_(self.decay / world_size)
 
-    def _split(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the part of some rows of the gradient that is to be stepped on, in float32 at least; and the
-        rows in the coordinates of the rest, where there is one.
+    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
+        """Add gradients."""
+        del num_before
+        held.add_(rows, alpha=(1 - self.decay) / world_size)
+
+    def to_share(self, held: Tensor, world_size: int) -> Tensor:
+        """Return the share as it is: summed in place, it is every rank's mean."""
+        del world_size
+        return held
+
+    def directions(self, held: Tensor) -> Directions:
+        """Return U V^T of the mean's singular vectors, all of its singular values about 1, times
+        0.2 sqrt(max(out, in)).
         """
-        return block if block.dtype == torch.float64 else block.float(), None
+        whole = orthogonalised(held).mul_(self.rms * math.sqrt(max(held.shape)))
+        return lambda rows: whole[rows]
 
-    def shared(self) -> Tensor:
-        """Return what is held as this rank hands it to the others."""
-        return self._residual.to_share(self.held, num_ranks())
-
-    @property
-    def flops(self) -> int:
-        """What looking has cost so far: 2 out in a token."""
-        return 2 * self._base.out_features * self._base.in_features * self.num_rows
-
-    def move_(self, held: Tensor, size: float | Tensor, *, keep: float = 1.0) -> LayerComplement:
-        """Take `size` times the direction of what all ranks hold from the weight, at master precision.
-
-        Args:
-            held: The sum over ranks of `shared`.
-            size: Of the step.
-            keep: What weight decay leaves of the weight.
-
-        Returns:
-            What moved, read back from the weight.
-        """
-        base = self._base
-        scale = self._residual.scale(held)
-        moved = torch.zeros((), dtype=torch.int64, device=held.device)
-        square = torch.zeros((), dtype=torch.float32, device=held.device)
-        base.drop_stale_residual_()
-        for rows in base.row_blocks():
-            before = base.master_rows(rows).clone()
-            step = self._residual.direction(held[rows], scale).to(before.dtype) * size
-            base.write_master_rows_(rows, before * keep - step if keep != 1 else before - step)
-            change = base.master_rows(rows) - before
-            moved += change.count_nonzero()
-            square += change.float().square().sum()
-        base.claim_residual_()
-        return LayerComplement(
-            name=base.name,
-            entries=held.numel(),
-            moved=moved,
-            square=square,
-            non_finite=self.num_non_finite,
-            flops=self.flops,
-            held_bytes=self.held.nbytes,
-            shared_bytes=held.nbytes if num_ranks() > 1 else 0,
-        )
+    def flops(self, out_features: int, in_features: int) -> int:
+        """Return those of the iterations."""
+        least, most = sorted((out_features, in_features))
+        return _NEWTON_SCHULZ_STEPS * 2 * least**2 * (2 * most + least)
 
 
-@torch.no_grad()
-def move_together_(
-    observers: Sequence[GradientObserver],
-    sizes: Sequence[float | Tensor],
-    *,
-    step: int,
-    residual: str,
-    keep: float = 1.0,
-) -> ComplementReport:
-    """Move each observer's weight by what all ranks have seen of it; every rank calls it.
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Return a matrix's own singular vectors with singular values near 1, by five Newton-Schulz iterations.
 
     Args:
-        observers: One at least.
-        sizes: Of their steps.
-        step: The step just taken.
-        residual: The name of what they hold.
-        keep: What weight decay leaves of a weight.
+        matrix: (rows, columns). On a GPU it is worked on in bf16, float64 excepted; else in float32 at least.
 
     Returns:
-        What moved, and what it took.
+        (rows, columns), float32 at least; singular values of 0.68 to 1.13, where the matrix's are not too
+        small for its norm; zeros for zeros.
     """
-    shared = [observer.shared() for observer in observers]
-    counts = [observer.num_passes for observer in observers]
-    passes = torch.tensor(counts, device="cpu").to(shared[0].device)
-    sum_over_ranks_([passes, *shared])
-    layers = tuple(
-        observer.move_(held, size, keep=keep)
-        for observer, held, size in zip(observers, shared, sizes, strict=True)
-    )
-    return ComplementReport(step=step, residual=residual, layers=layers, passes=passes)
+    is_fast = matrix.device.type == "cuda" and matrix.dtype != torch.float64
+    x = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    x = x / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)  # or squares of small numbers would be 0
+    x = x / x.norm().clamp_min(1)
+    x = x.to(torch.bfloat16) if is_fast else x
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if is_tall else x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+RESIDUALS: dict[str, Residual] = {"sign": SignVotes(), "column": ColumnSum(), "muon": MuonMomentum()}

@@ -138,10 +138,12 @@ class ReLoRA:
         return report
 
     def discard_step(self) -> None:
-        """Forget what was observed of a step that is given up, before its batch is replaced by another.
+        """Forget what was observed of a step that is given up, before its batch is replaced by another; with
+        residual="muon" the momentum begins anew.
 
         Call it instead of `after_step`, where a loop skips `optimizer.step()` and tries the step again.
         """
+        self._watch.drop()
         self._watch_next_step()
 
     def catch_up(self) -> RestartReport | None:

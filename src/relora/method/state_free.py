@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from relora.errors import ConfigError
 from relora.method.complement_report import ComplementReport
+from relora.method.gradient_observer import GradientObserver, move_together_
 from relora.method.observe import observed, refuse_compiled
-from relora.method.residuals import RESIDUALS, GradientObserver, move_together_
+from relora.method.residuals import RESIDUALS
 
 _BLOCK_ENTRIES = 1 << 22
 
 
 class PlainWeight:
     """The weight of a plain linear layer (or a transposed `Conv1D`), (out_features, in_features)."""
+
+    weight_momentum = None
 
     def __init__(self, name: str, layer: nn.Module) -> None:
         self.name, self.layer = name, layer

@@ -179,7 +179,7 @@ class Recipe:
         return [
             f"train.compile must be false with relora.{name} {value!r}, which sees gradients in eager mode"
             for name, value in watching.items()
-            if value in ("sign", "column", "gradient")
+            if value in ("sign", "column", "muon", "gradient")
         ]
 
     def _variant_violations(self) -> list[str]:

@@ -48,7 +48,8 @@ def _worded(recipe: Recipe, state: RunState | None, text: str) -> str:
         trained = 4 * num_parameters(state.model, trainable=True)
         parts.append(
             f"weights take {size(4 * num_parameters(state.model))}, gradients {size(trained)}, optimizer "
-            f"states {size(max(state_bytes(state.optimizer.adamw), 2 * trained))}; activations come on top"
+            f"states {size(max(state_bytes(state.optimizer.adamw, state.model), 2 * trained))}; activations "
+            "come on top"
         )
     return (
         f"{'; '.join(parts)}. To need less: {', '.join(_remedies(recipe))}. Then --overwrite, or --fork NAME"

@@ -186,7 +186,14 @@ def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     return count + sum(m.out_features * m.in_features - m.weight.numel() for m in layers)
 
 
-def state_bytes(optimizer: TorchOptimizer) -> int:
-    """Return the bytes of an optimizer's state tensors."""
+def state_bytes(optimizer: TorchOptimizer, model: nn.Module) -> int:
+    """Return the bytes of an optimizer's state tensors, and of the momenta that low-rank layers keep."""
     tensors = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+    kept = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+    return kept + sum(momentum.nbytes for momentum in momenta(model))
+
+
+def momenta(model: nn.Module) -> list[torch.Tensor]:
+    """Return what `relora.residual` keeps from step to step, of each low-rank layer that has it."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    return [layer.weight_momentum for layer in layers if layer.weight_momentum is not None]

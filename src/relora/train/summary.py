@@ -45,7 +45,7 @@ def summarise(
         "parameters_total": num_parameters(state.model),
         "parameters_trainable": num_parameters(state.model, trainable=True),
         "weight_bytes": sum(t.nbytes for t in (*state.model.parameters(), *state.model.buffers())),
-        "optimizer_bytes": state_bytes(state.optimizer.adamw),
+        "optimizer_bytes": state_bytes(state.optimizer.adamw, state.model),
         **progress.evaluated,
         "eval_split": recipe.eval.split,
         "wall_s": progress.wall_s,

@@ -25,7 +25,7 @@ from relora.train.loss import TokenLoss
 from relora.train.method_parts import LoRALinear
 from relora.train.methods import load_method
 from relora.train.parallel import Processes
-from relora.train.phase import Optimizer, Plan, inject_factors, num_parameters, state_bytes
+from relora.train.phase import Optimizer, Plan, inject_factors, momenta, num_parameters, state_bytes
 from relora.train.precision import Resolved, autocast
 from relora.train.setup import enable_checkpointing_
 from relora.train.step import train_step_
@@ -154,6 +154,7 @@ class _Run:
             part for layer in self._wrapped() if layer.weight_scale is not None for part in layer.base_parts
         ]
         kept = sum(resting[kind] for kind in (WEIGHTS, RESIDUAL, LORA)) + self._host_bytes
+        states = state_bytes(self.optimizer.adamw, self.model)
         counts = Counter(
             total=num_parameters(self.model),
             trainable=num_parameters(self.model, trainable=True),
@@ -161,8 +162,8 @@ class _Run:
             flops=flops,
             loss=loss_bytes,
             host=self._host_bytes,
-            checkpoint=kept - sum(code.nbytes for code in codes) + state_bytes(self.optimizer.adamw),
-            states=state_bytes(self.optimizer.adamw),
+            checkpoint=kept - sum(code.nbytes for code in codes) + states,
+            states=states,
             observed=seen[BACKWARD],
             activations=seen[FORWARD],
             casts=seen[CAST],
@@ -198,6 +199,8 @@ class _Run:
             live.count([parameter], WEIGHTS, are_parameters=True)
         for name, buffer in self.model.named_buffers():
             live.relabel(buffer, RESIDUAL if "residual" in name else WEIGHTS)
+        for momentum in momenta(self.model):
+            live.relabel(momentum, STATES)
         for host in (layer.host_residual for layer in self._wrapped()):
             if host is not None:
                 self._host_bytes += host.nbytes
