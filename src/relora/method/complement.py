@@ -72,8 +72,8 @@ class LayerObserver(GradientObserver):
         return self._rows.beside(block, product), product
 
     def _outside(self, momentum: Tensor) -> Tensor:
-        """Return the part outside the rows that lora_A has now. A momentum also holds what other rows left out
-        in the cycles before, and what rounding leaves of that, orthogonalising would make as large as the rest.
+        """Return the part outside the rows that lora_A has now: a momentum also holds what the rows of cycles
+        before left out, and of that orthogonalising would make a trace as large as the rest.
         """
         rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
         whole = momentum.to(rows.lora_A.dtype)

@@ -65,8 +65,8 @@ class GradientObserver:
 
     @property
     def held(self) -> Tensor:
-        """Votes, sums or the momentum so far, (out_features, in_features); if there was no backward pass, zeros
-        or the momentum that was.
+        """Votes, sums or the momentum so far, (out_features, in_features); without a backward pass zeros, or
+        the momentum that was.
         """
         if self._residual.keeps_momentum:
             momentum = self._base.weight_momentum
