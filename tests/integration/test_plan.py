@@ -242,6 +242,18 @@ def test_the_complements_momentum_is_planned_as_optimizer_state() -> None:
     assert (with_it.weights_bytes, with_it.residual_bytes) == (without.weights_bytes, without.residual_bytes)
 
 
+def test_what_an_update_costs_is_shared_by_the_tokens_of_all_its_micro_batches() -> None:
+    relora = {"factors": "B", "residual": "muon", "warm_start_steps": 0}
+    once, twice = (
+        footprint(recipe(relora=relora, train={"batch_size": n}), low_rank=True, precision="fp32")
+        for n in (12, 24)
+    )
+    iterations = 2 * 5 * 2 * (4 * 40**2 * (2 * 40 + 40) + 3 * 40**2 * (2 * 72 + 40))
+    projections = 2 * 2 * 4 * 3 * (4 * 40 * 40 + 3 * 40 * 72)  # of the momentum, and of what comes of it
+    update = (once.flops_per_token - twice.flops_per_token) * 24 * T
+    assert update == pytest.approx(iterations + projections, rel=1e-6)
+
+
 def test_doubts_are_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path, {"model_type": "starcoder2", **TINY_SIZES})
     assert main(["plan", str(path)]) == 0

@@ -76,8 +76,9 @@ class SplitMuon(SplitAdam):
     ) -> None:
         """Take one step with the gradient of W."""
         self._step_in_the_rows(gradient, lr=lr, scaling=scaling)
-        self.mean = decay * self.mean + (1 - decay) * complement(gradient, self.lora_a)
-        self.weight -= rest_lr * 0.2 * math.sqrt(max(gradient.shape)) * newton_schulz(self.mean)
+        self.mean = decay * self.mean + (1 - decay) * gradient
+        step = newton_schulz(complement(self.mean, self.lora_a))
+        self.weight -= rest_lr * 0.2 * math.sqrt(max(gradient.shape)) * complement(step, self.lora_a)
 
 
 def second_moment_carried(moment: Array, old: Array, new: Array) -> Array:

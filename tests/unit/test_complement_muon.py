@@ -89,7 +89,7 @@ def test_what_a_step_does_is_reported_with_its_costs():
     assert (up.held_bytes, down.held_bytes) == (2 * 11 * 7, 2 * 9 * 11)
     projections = 2 * 4 * 3 * (77 + 99)  # of the momentum, and of what comes of it
     assert iterations - projections == sum(RESIDUALS["muon"].flops(*shape) for shape in ((11, 7), (9, 11)))
-    assert report.flops == iterations + sum(16 * 2 * n + 4 * n * 3 for n in (77, 99))
+    assert report.flops == iterations + sum(16 * 2 * n + 2 * n * 3 for n in (77, 99))
     assert report.as_dict()["num_forgotten"] == 0
 
 
@@ -203,7 +203,7 @@ def with_momentum():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_step_enters_the_rows_of_the_factors(dtype):
-    """Though the momentum holds them since the cycle before."""
+    """Though the momentum holds what the gradient has in them."""
     loop = Loop(replace(CONFIG, restart_every=3), tiny_model(dtype))
     loop.run(1, 3)
     for step in (4, 5):

@@ -1,10 +1,10 @@
-"""`residual`: a stateless step on the part of the gradient that the factors cannot see (H6, FRUGAL, Fira).
+"""`residual`: a step on the part of the gradient that the factors cannot see (H6, FRUGAL, Fira).
 
 With factors "B" a cycle moves W within the rows of lora_A only. Of G = g^T x, the base's gradient, they leave
 
     G_perp = G - (G A^T) A,    A = lora_A, orthonormal rows
 
-and an observed step moves the base by it, without any state, at the size of the factors' own step:
+and an observed step moves the base by it, at the size of the factors' own step:
 
     W <- W - residual_scale * lr_eff * D,    lr_eff = lr * scaling * sqrt(rank) * rms(A)
 
@@ -17,6 +17,10 @@ lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kapp
 - "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 over its outputs (SCALE
   normalises likewise, but a linear layer's gradient along the other side).
   The sum is kept in bf16: 2 bytes a weight.
+- "muon": the part outside lora_A's rows of a running mean of G, orthogonalised (`residuals.MuonMomentum`),
+  and of that the part outside again. The mean is of all of G, as it outlasts lora_A. 2 bytes a weight, from
+  step to step; no gradient beside it, since each pass goes into it at once. A step that is not taken
+  therefore costs it.
 
 `residual_layers` takes a few layers a step. A round shuffles all layers by (seed, round) and deals them out,
 so that each has its turn once a round; turns are a pure function of the step. The step is not made larger for
@@ -25,9 +29,9 @@ the turns that a layer waits: that would be residual_scale times their number, s
 Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again,
 as full rank pays; 4 * out * in * rank a micro batch for the projection, of which lora_B's gradient s G A^T
 comes as well (on the effective path), so that it costs no token anything, and nothing at all where lora_A
-selects inputs; x kept for the backward, as at full rank; the votes or sums, from a layer's backward to
-`after_step`; under torch.distributed an all-reduce of them (1 or 2 bytes a weight). G is made a block of rows
-at a time, never whole.
+selects inputs; with "muon" the half of that, twice the whole once a step, and the iterations; x kept for the
+backward, as at full rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed
+an all-reduce of them (1 or 2 bytes a weight). G is made a block of rows at a time, never whole.
 
 Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all, except
 where lora_A selects inputs: there an entry of G stands for itself.
@@ -69,31 +73,32 @@ class LayerObserver(GradientObserver):
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
         block = block.to(self._rows.lora_A.dtype)
         product = self._rows.of(block)
-        return self._rows.beside(block, product), product
+        # A momentum outlasts lora_A, so it takes all of the gradient.
+        return block if self._residual.keeps_momentum else self._rows.beside(block, product), product
 
     def _outside(self, momentum: Tensor) -> Tensor:
-        """Return the part outside the rows that lora_A has now: a momentum also holds what the rows of cycles
-        before left out, and of that orthogonalising would make a trace as large as the rest.
-        """
+        """Return the part outside the rows that lora_A has now."""
         rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
         whole = momentum.to(rows.lora_A.dtype)
         return rows.beside(whole, rows.of(whole))
 
     @property
     def flops(self) -> int:
-        """What looking has cost so far: G, and its projection out of rows of lora_A that select no input."""
-        return super().flops + self._flops_of_projecting * self.num_passes
+        """What looking has cost so far: G, its product with rows of lora_A that select no input and, without a
+        momentum, its projection out of them.
+        """
+        return super().flops + (1 if self._residual.keeps_momentum else 2) * self._product * self.num_passes
 
     @property
     def _flops_of_a_step(self) -> int:
-        projections = 2 * self._flops_of_projecting if self._residual.keeps_momentum else 0
-        return super()._flops_of_a_step + projections
+        return super()._flops_of_a_step + (4 * self._product if self._residual.keeps_momentum else 0)
 
     @property
-    def _flops_of_projecting(self) -> int:
+    def _product(self) -> int:
+        """FLOPs of one product with lora_A."""
         if self.layer.selects_inputs:
             return 0
-        return 4 * self.layer.out_features * self.layer.in_features * self.layer.config.rank
+        return 2 * self.layer.out_features * self.layer.in_features * self.layer.config.rank
 
 
 class Complement:

@@ -65,7 +65,7 @@ class Footprint:
     """The most held in each stage: start, forward, loss, backward, update, evaluation, restart."""
     activations_bytes_per_token: float
     flops_per_token: float
-    """Matrix products of forward and backward, recomputation included."""
+    """Matrix products of forward and backward, recomputed ones too, and a token's share of the update's."""
 
 
 def footprint(
@@ -126,7 +126,7 @@ def footprint(
         peak_by_kind={kind: num for kind, num in peak.items() if num},
         moments=stages,
         activations_bytes_per_token=counts["activations"] / tokens,
-        flops_per_token=counts["flops"] / tokens,
+        flops_per_token=counts["flops"] / tokens + counts["update_flops"] / recipe.tokens_per_step,
     )
 
 

@@ -34,6 +34,7 @@ from relora.train.training_method import Restarting, TrainingMethod
 WEIGHTS, RESIDUAL, HOST, LORA, STATES = "weights", "residual", "host", "factors", "optimizer"
 FORWARD, LOSS, BACKWARD, GRADIENTS = "activations", "loss", "backward", "gradients"
 UPDATE, RESTART, OTHER = "update", "restart", "other"
+_FLOPS = "flops"
 _FACTORS = ("lora_A", "lora_B", "lora_scaling")
 _HERE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -143,7 +144,7 @@ class _Run:
         with self._watched() as seen:
             live.restart_peak()
             self._step(batch)
-            flops, loss_bytes = live.flops, live.label_peaks[LOSS]
+            update_flops, loss_bytes = live.flops - seen[_FLOPS], live.label_peaks[LOSS]
             if not self.given.holds_gradients:  # else the forward pass of a step holds what it does and more
                 self._evaluate(batch)
         rest = Counter(live.bytes)
@@ -159,7 +160,8 @@ class _Run:
             total=num_parameters(self.model),
             trainable=num_parameters(self.model, trainable=True),
             in_factors=sum(p.numel() for p in factors),
-            flops=flops,
+            flops=seen[_FLOPS],
+            update_flops=update_flops,
             loss=loss_bytes,
             host=self._host_bytes,
             checkpoint=kept - sum(code.nbytes for code in codes) + states,
@@ -250,7 +252,7 @@ class _Run:
             live.relabel(parameter.grad, GRADIENTS)
 
         def at_update(*_: object) -> None:
-            seen[BACKWARD] = live.bytes[BACKWARD]
+            seen.update({BACKWARD: live.bytes[BACKWARD], _FLOPS: live.flops})
             live.label = UPDATE
             self._begin("update")
 
