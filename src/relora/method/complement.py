@@ -84,8 +84,8 @@ class LayerObserver(GradientObserver):
 
     @property
     def flops(self) -> int:
-        """What looking has cost so far: G, its product with rows of lora_A that select no input and, without a
-        momentum, its projection out of them.
+        """What looking has cost so far: G, its product with rows of lora_A that select no input, and without
+        a momentum its projection out of them.
         """
         return super().flops + (1 if self._residual.keeps_momentum else 2) * self._product * self.num_passes
 
