@@ -1,5 +1,5 @@
 """Print the numbers that docs/beyond.md quotes: what a sketch captures, how often votes tie, what
-lora_B carries of a coded base's error.
+lora_B carries of a coded base's error, and the bytes that a step leaves.
 
     python benchmarks/beyond_facts.py [--json]
 
@@ -9,15 +9,17 @@ About a minute on one core; nothing here is a timing.
 import argparse
 import importlib.util
 import json
+import math
 
 import torch
 from torch import Tensor, nn
 
-from relora import LoRALinear, ReLoRAConfig, inject
+from relora import LoRALinear, ReLoRA, ReLoRAConfig, inject
 from relora.method.base_error import carry_base_error_
 from relora.method.gradient_init import Sketch
 from relora.method.linear import lora_layers
 from relora.method.residuals import RESIDUALS
+from relora.train.phase import momenta, state_bytes
 
 
 def with_spectrum(side: int, *, decay: float, seed: int) -> Tensor:
@@ -79,8 +81,35 @@ def moved_by_noise(num_micro_batches: int) -> float:
     votes = RESIDUALS["sign"]
     held = torch.zeros(1000, 1000, dtype=torch.int8)
     for before in range(num_micro_batches):
-        votes.add_(held, torch.randn(held.shape, generator=generator), before)
-    return float(votes.direction(held, votes.scale(held)).abs().mean())
+        votes.add_(held, torch.randn(held.shape, generator=generator), before, world_size=1)
+    return float(votes.directions(held)(slice(None)).abs().mean())
+
+
+def held_a_weight(config: ReLoRAConfig | None, *, hidden: int = 128, intermediate: int = 352) -> float:
+    """Return the bytes of gradients, states and votes of a step, for each weight of a LLaMA layer's matrices.
+
+    Args:
+        config: Of low-rank layers, trained by AdamW; None trains the matrices themselves by AdamW.
+        hidden: Width.
+        intermediate: Width of the MLP.
+    """
+    shapes = [(hidden, hidden)] * 4 + [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
+    layers = nn.ModuleList(nn.Linear(*shape, bias=False) for shape in shapes)
+    weights = sum(math.prod(shape) for shape in shapes)
+    if config is not None:
+        inject(layers, config)
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    restarts = None if config is None else ReLoRA(layers, optimizer, config)
+    torch.stack([layer(torch.randn(8, layer.in_features)).sum() for layer in layers]).sum().backward()
+    optimizer.step()
+    if restarts is not None:
+        restarts.after_step(1)
+    held = state_bytes(optimizer, layers) + sum(p.grad.nbytes for p in trained if p.grad is not None)
+    report = None if restarts is None else restarts.complement_report
+    if report is not None and not momenta(layers):
+        held += report.held_bytes
+    return held / weights
 
 
 def main() -> None:
@@ -100,6 +129,17 @@ def main() -> None:
             for rounds in (1, 3)
         }
         | {f"nf4, rank {rank}, 3 rounds": carried(512, rank, dtype="nf4") for rank in _nf4_ranks()},
+        "bytes of gradients and states a weight, LLaMA layer of hidden 128": {
+            "full rank, AdamW": held_a_weight(None),
+            "LoRA or ReLoRA, both factors, rank 32": held_a_weight(ReLoRAConfig(rank=32)),
+            **{
+                f"one-sided, residual {residual}, rank {rank}": held_a_weight(
+                    ReLoRAConfig.beyond(rank=rank, residual=residual)
+                )
+                for residual in ("none", "sign", "muon")
+                for rank in (16, 32)
+            },
+        },
         "entries moved by noise, by micro batches": {k: moved_by_noise(k) for k in (1, 2, 3, 4, 8, 16)},
     }
     if arguments.json:

@@ -99,11 +99,20 @@ def cold(lr: float, times: float, **cell: Any) -> Cell:
     return Cell(arm="relora-cold", lr=lr, label=f"f{times:g}", changes=changes, **cell)
 
 
-def muon(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
+def muon(lr: float, times: float, *, scale: float, rank: int = RANK, **cell: Any) -> Cell:
     """As `cold`, with Muon's step on the complement at `scale` times the factors' rate."""
     relora = ONE_SIDED | {"residual": "muon", "residual_scale": scale, "warm_start_steps": 0}
+    relora |= {} if rank == RANK else {"rank": rank}
+    label = f"f{times:g}c{scale:g}" + (f"r{rank}" if rank != RANK else "")
     changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
-    return Cell(arm="relora-muon", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
+    return Cell(arm="relora-muon", lr=lr, label=label, changes=changes, **cell)
+
+
+def warm_muon(lr: float, times: float, *, scale: float, **cell: Any) -> Cell:
+    """As `muon`, after the warm start that the other arms share."""
+    relora = ONE_SIDED | {"residual": "muon", "residual_scale": scale}
+    changes = {"relora": relora, "optim": {"factor_lr": lr * times}}
+    return Cell(arm="relora-muon-warm", lr=lr, label=f"f{times:g}c{scale:g}", changes=changes, **cell)
 
 
 def full_muon(lr: float, **cell: Any) -> Cell:
@@ -174,6 +183,8 @@ CELLS = [
     *(muon(PEAK, times, scale=2.5 / times, rest=REST, stage="muon") for times in (1, 0.25)),
     *(full_muon(lr, rest=REST, stage="muon") for lr in (1e-2, 5e-3, 2e-2)),
     *(muon(PEAK, 0.5, scale=5, rest=REST, stage="muon seeds", seed=seed) for seed in (1, 2)),
+    *(muon(PEAK, 0.5, scale=5, rank=rank, rest=REST, stage="muon rank") for rank in (4, 16)),
+    *(warm_muon(PEAK, 0.5, scale=scale, rest=REST, stage="muon warm") for scale in (5, 2.5)),
     *(full_muon(1e-2, rest=REST, stage="muon seeds", seed=seed) for seed in (1, 2)),
     *(columns(PEAK, times, rest=REST, stage="columns") for times in (1, 2)),
     *(cold_columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),

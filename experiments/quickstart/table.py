@@ -25,6 +25,7 @@ NAMES = {
     "relora-cold": "ReLoRA, sign step, from cold: no warm start",
     "relora-columns": "that, lora_A selecting inputs, moments carried",
     "relora-muon": "ReLoRA, Muon's step on the complement, from cold",
+    "relora-muon-warm": "the same after the warm start",
     "full-muon": "full rank by Muon",
 }
 COLORS = {
