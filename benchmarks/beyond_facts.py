@@ -18,7 +18,7 @@ from relora import LoRALinear, ReLoRA, ReLoRAConfig, inject
 from relora.method.base_error import carry_base_error_
 from relora.method.gradient_init import Sketch
 from relora.method.linear import lora_layers
-from relora.method.residuals import RESIDUALS
+from relora.method.residuals import RESIDUALS, Pass
 from relora.train.phase import momenta, state_bytes
 
 
@@ -81,7 +81,11 @@ def moved_by_noise(num_micro_batches: int) -> float:
     votes = RESIDUALS["sign"]
     held = torch.zeros(1000, 1000, dtype=torch.int8)
     for before in range(num_micro_batches):
-        votes.add_(held, torch.randn(held.shape, generator=generator), before, world_size=1)
+        votes.add_(
+            held,
+            torch.randn(held.shape, generator=generator),
+            Pass(num_before=before, world_size=1, generator=generator),
+        )
     return float(votes.directions(held)(slice(None)).abs().mean())
 
 

@@ -76,7 +76,7 @@ class SplitMuon(SplitAdam):
     ) -> None:
         """Take one step with the gradient of W."""
         self._step_in_the_rows(gradient, lr=lr, scaling=scaling)
-        self.mean = decay * self.mean + (1 - decay) * gradient
+        self.mean = decay * self.mean + (1 - decay) * complement(gradient, self.lora_a)
         step = newton_schulz(complement(self.mean, self.lora_a))
         self.weight -= rest_lr * 0.2 * math.sqrt(max(gradient.shape)) * complement(step, self.lora_a)
 

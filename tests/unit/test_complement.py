@@ -19,6 +19,7 @@ from reference.beyond import SplitAdam, complement, majority, newton_schulz, uni
 from relora import ConfigError, LoRALinear, NonFiniteError, ReLoRAConfig, inject
 from relora.method.complement import RESIDUALS, LayerObserver
 from relora.method.observe import Observers
+from relora.method.residuals import Pass
 
 CONFIG = ReLoRAConfig(
     rank=3, factors="B", residual="sign", scaling_rule="matched", reset="none", restart_every=100
@@ -87,8 +88,9 @@ def test_bases_move_against_the_complement_of_the_plain_models_gradient(residual
             assert close.mean() >= 1 - allowed
         elif residual == "muon":
             step = 0.2 * math.sqrt(max(after.shape)) * newton_schulz(sum(parts_of_it))
-            # What bf16 rounds of the momentum is a few times as much of small singular values.
-            np.testing.assert_allclose(after, before[name] - 0.3 * LR * step, atol=0.3 * LR * 5 * rtol)
+            error = np.linalg.norm((before[name] - after) / (0.3 * LR) - step) / np.linalg.norm(step)
+            # Without float64 the momentum is of bf16, of which small singular values have few bits.
+            assert error < {torch.float64: 1e-5, torch.float32: 0.1, torch.bfloat16: 0.5}[dtype]
         else:
             wanted = before[name] - 0.3 * LR * unit_columns(sum(parts_of_it))
             np.testing.assert_allclose(after, wanted, rtol=0, atol=0.3 * LR * 3 * rtol)
@@ -311,7 +313,8 @@ def test_many_micro_batches_do_not_wrap_around():
     votes = RESIDUALS["sign"]
     held = torch.zeros(1, 3, dtype=torch.int8)
     for before in range(300):
-        votes.add_(held, torch.tensor([[1.0, -1.0, 0.0]]), before, 1)
+        place = Pass(num_before=before, world_size=1, generator=torch.Generator())
+        votes.add_(held, torch.tensor([[1.0, -1.0, 0.0]]), place)
     assert held.tolist() == [[127, -127, 0]]
     for world_size in (1, 2, 8, 127, 128, 1000):
         shared = votes.to_share(held.clone(), world_size)

@@ -132,7 +132,8 @@ def test_the_preset_beyond_the_paper_is_one_sided_and_resets_nothing() -> None:
     assert (beyond.rank, beyond.factors, beyond.scaling_rule, beyond.factor_init) == (
         *(32, "B", "matched", "orthonormal"),
     )
-    assert (beyond.reset, beyond.restart_every, beyond.residual) == ("none", 50, "sign")
+    assert (beyond.reset, beyond.restart_every) == ("none", 50)
+    assert (beyond.residual, beyond.residual_scale) == ("muon", 5.0)
     assert ReLoRAConfig.beyond(rank=4, init="cover").init == "cover"
     with pytest.raises(ConfigError, match="residual"):
         ReLoRAConfig.beyond(rank=4, factors="both")

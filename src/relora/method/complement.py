@@ -17,10 +17,9 @@ lr is that of lora_B's group at that step; with scaling "matched" lr_eff is kapp
 - "column": G_perp summed over micro batches and ranks, each column scaled to RMS 1 over its outputs (SCALE
   normalises likewise, but a linear layer's gradient along the other side).
   The sum is kept in bf16: 2 bytes a weight.
-- "muon": the part outside lora_A's rows of a running mean of G, orthogonalised (`residuals.MuonMomentum`),
-  and of that the part outside again. The mean is of all of G, as it outlasts lora_A. 2 bytes a weight, from
-  step to step; no gradient beside it, since each pass goes into it at once. A step that is not taken
-  therefore costs it.
+- "muon": the running mean of G_perp, its part outside lora_A's rows orthogonalised
+  (`residuals.MuonMomentum`), and of that the part outside again. 2 bytes a weight, from step to step; no
+  gradient beside it, since each pass goes into it at once. A step that is not taken therefore costs it.
 
 `residual_layers` takes a few layers a step. A round shuffles all layers by (seed, round) and deals them out,
 so that each has its turn once a round; turns are a pure function of the step. The step is not made larger for
@@ -29,9 +28,9 @@ the turns that a layer waits: that would be residual_scale times their number, s
 Costs of an observed step: 2 * out * in FLOPs a token for G, half of the base's forward and backward again,
 as full rank pays; 4 * out * in * rank a micro batch for the projection, of which lora_B's gradient s G A^T
 comes as well (on the effective path), so that it costs no token anything, and nothing at all where lora_A
-selects inputs; with "muon" the half of that, twice the whole once a step, and the iterations; x kept for the
-backward, as at full rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed
-an all-reduce of them (1 or 2 bytes a weight). G is made a block of rows at a time, never whole.
+selects inputs; with "muon" twice as much again once a step, and the iterations; x kept for the backward, as
+at full rank; the votes or sums, from a layer's backward to `after_step`; under torch.distributed an
+all-reduce of them (1 or 2 bytes a weight). G is made a block of rows at a time, never whole.
 
 Entries that are not finite cast no vote. A row of G with one such entry has no finite G_perp at all, except
 where lora_A selects inputs: there an entry of G stands for itself.
@@ -52,7 +51,7 @@ from relora.method.forward import Rows
 from relora.method.gradient_observer import GradientObserver, move_together_
 from relora.method.linear import LoRALinear
 from relora.method.residuals import RESIDUALS, Residual
-from relora.method.seeds import derived_generator
+from relora.method.seeds import derived_generator, derived_seed
 
 
 class LayerObserver(GradientObserver):
@@ -60,8 +59,8 @@ class LayerObserver(GradientObserver):
 
     forms_product = True
 
-    def __init__(self, layer: LoRALinear, residual: Residual) -> None:
-        super().__init__(layer, residual)
+    def __init__(self, layer: LoRALinear, residual: Residual, *, seed: int = 0) -> None:
+        super().__init__(layer, residual, seed=seed)
         self.layer = layer
         self._rows = Rows(layer.lora_A.detach())
 
@@ -73,32 +72,31 @@ class LayerObserver(GradientObserver):
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
         block = block.to(self._rows.lora_A.dtype)
         product = self._rows.of(block)
-        # A momentum outlasts lora_A, so it takes all of the gradient.
-        return block if self._residual.keeps_momentum else self._rows.beside(block, product), product
+        return self._rows.beside(block, product), product
 
     def _outside(self, momentum: Tensor) -> Tensor:
-        """Return the part outside the rows that lora_A has now."""
+        """Return the part outside the rows that lora_A has now: a momentum also holds what the rows of cycles
+        before left out, and of that orthogonalising would make a trace as large as the rest.
+        """
         rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
         whole = momentum.to(rows.lora_A.dtype)
         return rows.beside(whole, rows.of(whole))
 
     @property
     def flops(self) -> int:
-        """What looking has cost so far: G, its product with rows of lora_A that select no input, and without
-        a momentum its projection out of them.
-        """
-        return super().flops + (1 if self._residual.keeps_momentum else 2) * self._product * self.num_passes
+        """What looking has cost so far: G, and its projection out of rows of lora_A that select no input."""
+        return super().flops + self._projection * self.num_passes
 
     @property
     def _flops_of_a_step(self) -> int:
-        return super()._flops_of_a_step + (4 * self._product if self._residual.keeps_momentum else 0)
+        return super()._flops_of_a_step + (2 * self._projection if self._residual.keeps_momentum else 0)
 
     @property
-    def _product(self) -> int:
-        """FLOPs of one product with lora_A."""
+    def _projection(self) -> int:
+        """FLOPs of taking from a matrix what it has in the rows of lora_A."""
         if self.layer.selects_inputs:
             return 0
-        return 2 * self.layer.out_features * self.layer.in_features * self.layer.config.rank
+        return 4 * self.layer.out_features * self.layer.in_features * self.layer.config.rank
 
 
 class Complement:
@@ -124,8 +122,19 @@ class Complement:
         index, left_over = divmod(steps_done + 1, self._config.residual_every)
         residual = RESIDUALS[self._config.residual]
         layers = [] if left_over else self._in_turn(index - 1)
-        self._observers = [LayerObserver(layer, residual) for layer in layers]
+        self._close()
+        self._observers = [
+            LayerObserver(
+                layer, residual, seed=derived_seed(self._seed, steps_done, layer.name, "complement")
+            )
+            for layer in layers
+        ]
         return self._observers
+
+    def _close(self) -> None:
+        for observer in self._observers:
+            observer.close()
+        self._observers = []
 
     @property
     def _num_turns(self) -> int:
@@ -140,13 +149,16 @@ class Complement:
         order = torch.randperm(len(self._layers), generator=generator, device="cpu").tolist()
         return [self._layers[position] for position in sorted(order[turn :: self._num_turns])]
 
-    def drop(self) -> None:
+    def drop(self, *, was_seen: bool) -> None:
         """Forget what was observed of the step; nothing moves by it, and momenta that it has gone into begin
         anew.
+
+        Args:
+            was_seen: Whether the step had its backward passes, on some rank; if not, this rank's tell.
         """
-        if any(observer.num_passes for observer in self._observers):
+        if was_seen or any(observer.num_passes for observer in self._observers):
             self._num_forgotten += sum(observer.forget_() for observer in self._observers)
-        self._observers = []
+        self._close()
 
     def refuse_unseen(self, step: int) -> None:
         """Refuse an observed step of which nothing was seen. Where layers take turns, those of some turns may

@@ -18,7 +18,8 @@ class LayerComplement:
     square: Tensor
     """Sum of the squares of all changes, float32."""
     non_finite: Tensor
-    """Entries of G_perp on this rank that were not finite and cast no vote, int64."""
+    """Entries of G_perp on this rank that were not finite and cast no vote, and of a momentum that were not,
+    int64."""
     flops: int
     """What this rank has computed to see G_perp, and to make a direction of it."""
     held_bytes: int

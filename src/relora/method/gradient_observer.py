@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from relora.method.complement_report import ComplementReport, LayerComplement
 from relora.method.ranks import num_ranks, sum_over_ranks_
-from relora.method.residuals import Residual
+from relora.method.residuals import Pass, Residual
 
 
 class Movable(Protocol):
@@ -55,13 +55,16 @@ class GradientObserver:
 
     forms_product = False
 
-    def __init__(self, base: Movable, residual: Residual) -> None:
+    def __init__(self, base: Movable, residual: Residual, *, seed: int = 0) -> None:
         self.num_passes = 0
         self.num_rows = 0
         self.num_non_finite = torch.zeros((), dtype=torch.int64, device="cpu")
         self._base = base
         self._residual = residual
         self._votes: Tensor | None = None
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        self._is_closed = False
 
     @property
     def held(self) -> Tensor:
@@ -78,18 +81,21 @@ class GradientObserver:
         return self._votes
 
     def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
-        """Add one backward pass."""
+        """Add one backward pass; none once the step is over."""
+        if self._is_closed:
+            return None
         bad = torch.zeros((), dtype=torch.int64, device=gradient.device)
         products: list[Tensor] = []
         if self.num_passes == 0:
             self._residual.begin_(self.held, num_ranks())
+        place = Pass(num_before=self.num_passes, world_size=num_ranks(), generator=self._random)
         for rows in self._base.row_blocks():
             block, product = self._split(gradient[:, rows].T @ x)
             if product is not None:
                 products.append(product)
             is_bad = ~block.isfinite()
             bad += is_bad.sum()
-            self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), self.num_passes, num_ranks())
+            self._residual.add_(self.held[rows], block.masked_fill_(is_bad, 0), place)
         self.num_non_finite = self.num_non_finite.to(bad.device) + bad
         self.num_passes += 1
         self.num_rows += len(x)
@@ -100,6 +106,16 @@ class GradientObserver:
         rows in the coordinates of the rest, where there is one.
         """
         return block if block.dtype == torch.float64 else block.float(), None
+
+    @property
+    def _random(self) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator(self._base.weight.device).manual_seed(self._seed)
+        return self._generator
+
+    def close(self) -> None:
+        """Take note of nothing any more: the step is over, whatever graphs of it are still around."""
+        self._is_closed = True
 
     def _outside(self, momentum: Tensor) -> Tensor:
         """Return the part of a momentum, or of what came of it, that is to be stepped on now."""
@@ -145,8 +161,12 @@ class GradientObserver:
         Returns:
             What moved, read back from the weight.
         """
-        base = self._base
+        base, num_non_finite = self._base, self.num_non_finite
         keeps_momentum = self._residual.keeps_momentum
+        if keeps_momentum:  # a sum over passes or ranks may have overflown: it would never heal
+            is_bad = ~held.isfinite()
+            held.masked_fill_(is_bad, 0)
+            num_non_finite = num_non_finite.to(held.device) + is_bad.sum()
         directions = self._residual.directions(self._outside(held) if keeps_momentum else held)
         moved = torch.zeros((), dtype=torch.int64, device=held.device)
         square = torch.zeros((), dtype=torch.float32, device=held.device)
@@ -167,7 +187,7 @@ class GradientObserver:
             entries=held.numel(),
             moved=moved,
             square=square,
-            non_finite=self.num_non_finite,
+            non_finite=num_non_finite,
             flops=self.flops + self._flops_of_a_step,
             held_bytes=self.held.nbytes,
             shared_bytes=held.nbytes if num_ranks() > 1 else 0,
@@ -199,8 +219,9 @@ def move_together_(
     counts = [observer.num_passes for observer in observers]
     passes = torch.tensor(counts, device="cpu").to(shared[0].device)
     sum_over_ranks_([passes, *shared])
-    layers = tuple(
-        observer.move_(held, size, was_seen=seen > 0, keep=keep)
-        for observer, held, size, seen in zip(observers, shared, sizes, passes.unbind(), strict=True)
-    )
+    with torch.autocast(shared[0].device.type, enabled=False):
+        layers = tuple(
+            observer.move_(held, size, was_seen=seen > 0, keep=keep)
+            for observer, held, size, seen in zip(observers, shared, sizes, passes.unbind(), strict=True)
+        )
     return ComplementReport(step=step, residual=residual, layers=layers, passes=passes)

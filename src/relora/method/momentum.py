@@ -55,6 +55,9 @@ class BaseWithMomentum(FrozenBase):
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
         if mine is None:
             return
+        device = self.weight.device  # no longer meta, where the weight was assigned
+        if mine.device != device:
+            mine = self.weight_momentum = torch.zeros_like(mine, device=device)
         if loaded is None:
             missing += [name] if strict else []
         elif loaded.shape != mine.shape:
@@ -62,6 +65,4 @@ class BaseWithMomentum(FrozenBase):
                 f"size mismatch for {name}: {tuple(loaded.shape)} in the checkpoint, {tuple(mine.shape)} here"
             )
         else:
-            device = self.weight.device  # no longer meta, where the weight was assigned
-            self.weight_momentum = mine if mine.device == device else torch.empty_like(mine, device=device)
-            self.weight_momentum.copy_(loaded)
+            mine.copy_(loaded)

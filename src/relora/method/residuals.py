@@ -8,6 +8,7 @@ direction of RMS 1 at most (`RESIDUALS`). Who looks at the passes and moves the 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +20,18 @@ Directions = Callable[[slice], Tensor]
 _INT8_MAX = 127
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # as torch.optim.Muon has them
 _NEWTON_SCHULZ_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Which backward pass of a step it is, and where."""
+
+    num_before: int
+    """Passes of the step before it, through the same layer on this rank."""
+    world_size: int
+    """Ranks whose shares will be added."""
+    generator: torch.Generator
+    """On the layer's device, for what is rounded at random."""
 
 
 class Residual(Protocol):
@@ -33,8 +46,8 @@ class Residual(Protocol):
     def begin_(self, held: Tensor, world_size: int) -> None:
         """Begin a step, on this rank of so many."""
 
-    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
-        """Add rows of one backward pass, after `num_before` others of the step."""
+    def add_(self, held: Tensor, rows: Tensor, place: Pass) -> None:
+        """Add rows of one backward pass."""
 
     def to_share(self, held: Tensor, world_size: int) -> Tensor:
         """Return what may be summed over so many ranks."""
@@ -59,10 +72,9 @@ class SignVotes:
     def begin_(self, held: Tensor, world_size: int) -> None:
         """Nothing is left of the step before."""
 
-    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
+    def add_(self, held: Tensor, rows: Tensor, place: Pass) -> None:
         """Add votes; they saturate at 127, far from the tie that would decide."""
-        del world_size
-        if num_before >= _INT8_MAX:
+        if place.num_before >= _INT8_MAX:
             held.clamp_(1 - _INT8_MAX, _INT8_MAX - 1)
         held.add_(rows.sign().to(torch.int8))
 
@@ -98,9 +110,9 @@ class ColumnSum:
     def begin_(self, held: Tensor, world_size: int) -> None:
         """Nothing is left of the step before."""
 
-    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
+    def add_(self, held: Tensor, rows: Tensor, place: Pass) -> None:
         """Add gradients."""
-        del num_before, world_size
+        del place
         held.add_(rows)
 
     def to_share(self, held: Tensor, world_size: int) -> Tensor:
@@ -140,10 +152,15 @@ class MuonMomentum:
         """Leave this rank's share of the step before."""
         held.mul_(self.decay / world_size)
 
-    def add_(self, held: Tensor, rows: Tensor, num_before: int, world_size: int) -> None:
-        """Add gradients."""
-        del num_before
-        held.add_(rows, alpha=(1 - self.decay) / world_size)
+    def add_(self, held: Tensor, rows: Tensor, place: Pass) -> None:
+        """Add gradients. In bf16 what one of many micro batches adds may be less than the last bit of the
+        mean: it is rounded up or down at random, so that what is lost is nothing on average.
+        """
+        if held.dtype == torch.bfloat16:
+            share = torch.add(held, rows, alpha=(1 - self.decay) / place.world_size)
+            held.copy_(rounded_at_random(share, place.generator))
+        else:
+            held.add_(rows, alpha=(1 - self.decay) / place.world_size)
 
     def to_share(self, held: Tensor, world_size: int) -> Tensor:
         """Return the share as it is: summed in place, it is every rank's mean."""
@@ -161,6 +178,15 @@ class MuonMomentum:
         """Return those of the iterations."""
         least, most = sorted((out_features, in_features))
         return _NEWTON_SCHULZ_STEPS * 2 * least**2 * (2 * most + least)
+
+
+def rounded_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Return finite float32 values rounded to bf16, each to one of its two neighbours, the nearer the
+    likelier, so that the mean is the value.
+    """
+    bits = values.contiguous().view(torch.int32)
+    below = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    return (bits + below).bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ class ReLoRA:
         Args:
             step: The optimizer step just taken, counted from 1.
             was_taken: False where the loop left out `optimizer.step()`, because the gradient was not finite:
-                the step counts, but what was observed of it moves nothing and decays nothing.
+                the step counts, but what was observed of it moves nothing and decays nothing; a momentum
+                that it has gone into (residual="muon") begins anew.
 
         Returns:
             What the restart did, or None between restarts.
@@ -125,7 +126,7 @@ class ReLoRA:
         if was_taken:
             self._watch.refuse_unseen(step)
         else:
-            self._watch.drop()
+            self._watch.drop(was_seen=True)
         keep = self._keep
         if self.config.base_weight_decay and was_taken:
             keep *= 1 - self._factor_lr() * self.config.base_weight_decay
@@ -143,7 +144,7 @@ class ReLoRA:
 
         Call it instead of `after_step`, where a loop skips `optimizer.step()` and tries the step again.
         """
-        self._watch.drop()
+        self._watch.drop(was_seen=False)
         self._watch_next_step()
 
     def catch_up(self) -> RestartReport | None:

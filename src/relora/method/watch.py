@@ -1,8 +1,8 @@
 """Who looks at the base's gradient in which step, and what a restart and a step make of it.
 
 Observers are attached to the layers for one step at a time, so what was seen of a step that never came to its
-end is dropped, never carried into the next; which steps need which is known from the calendar, so a resumed
-run needs nothing but its counters.
+end is dropped, never carried into the next (a momentum is of all steps, and dropped with one of them); which
+steps need which is known from the calendar, so a resumed run needs nothing but its counters and its model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,11 +63,15 @@ class Watch:
             told = [observers[layer] for observers in (complement, sketches) if layer in observers]
             layer.observers = Observers(told) if told else ()
 
-    def drop(self) -> None:
-        """Detach every observer, and forget what was seen."""
+    def drop(self, *, was_seen: bool) -> None:
+        """Detach every observer, and forget what was seen.
+
+        Args:
+            was_seen: Whether the step had its backward passes; if not, what this rank saw tells.
+        """
         self._sketches = []
         if self._complement is not None:
-            self._complement.drop()
+            self._complement.drop(was_seen=was_seen)
         for layer in self._layers:
             layer.observers = ()
 

@@ -6,7 +6,7 @@ from relora.train.evaluate import evaluate
 from relora.train.guard import Guard
 from relora.train.loss import TokenLoss
 from relora.train.parallel import Processes
-from relora.train.phase import Plan
+from relora.train.phase import Plan, momenta
 from relora.train.plateau import take_loss_
 from relora.train.precision import Resolved
 from relora.train.reporting import Reporter
@@ -41,7 +41,8 @@ class Accounts:
         """
         progress = self._progress
         if not result.is_applied:
-            self._reporter.say(self._guard.step_not_finite(step, result))
+            lost = "; the complement's momentum begins anew" if momenta(self._state.model) else ""
+            self._reporter.say(f"{self._guard.step_not_finite(step, result)}{lost}")
             self._state.method.step_refused(step)
             return
         progress.nonfinite_in_row = 0

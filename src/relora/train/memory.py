@@ -9,7 +9,7 @@ import torch
 from relora.errors import ConfigError
 from relora.log.units import size
 from relora.train.config import Recipe
-from relora.train.phase import num_parameters, state_bytes
+from relora.train.phase import momentum_bytes, num_parameters, state_bytes
 from relora.train.state import RunState
 
 _CPU = re.compile(r"DefaultCPUAllocator: can't allocate memory|not enough memory")
@@ -46,10 +46,11 @@ def _worded(recipe: Recipe, state: RunState | None, text: str) -> str:
     parts = [f"the memory of this device is not enough{wanted}"]
     if state is not None:
         trained = 4 * num_parameters(state.model, trainable=True)
+        expected = 2 * trained + momentum_bytes(state.model)
+        states = max(state_bytes(state.optimizer.adamw, state.model), expected)
         parts.append(
             f"weights take {size(4 * num_parameters(state.model))}, gradients {size(trained)}, optimizer "
-            f"states {size(max(state_bytes(state.optimizer.adamw, state.model), 2 * trained))}; activations "
-            "come on top"
+            f"states {size(states)}; activations come on top"
         )
     return (
         f"{'; '.join(parts)}. To need less: {', '.join(_remedies(recipe))}. Then --overwrite, or --fork NAME"

@@ -106,8 +106,10 @@ class Plan:
 
 
 def method_config(recipe: Recipe) -> ReLoRAConfig:
-    """Return the method's own part of the [relora] section."""
+    """Return the method's own part of the [relora] section; only what restarts steps on the complement."""
     fields = {name: getattr(recipe.relora, name) for name in ReLoRAConfig.__dataclass_fields__}
+    if not recipe.spec.restarts:
+        fields |= {"residual": "none", "residual_scale": 1.0, "residual_every": 1, "residual_layers": None}
     return ReLoRAConfig(**fields)
 
 
@@ -190,10 +192,16 @@ def state_bytes(optimizer: TorchOptimizer, model: nn.Module) -> int:
     """Return the bytes of an optimizer's state tensors, and of the momenta that low-rank layers keep."""
     tensors = [value for state in optimizer.state.values() for value in state.values()]
     kept = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
-    return kept + sum(momentum.nbytes for momentum in momenta(model))
+    return kept + momentum_bytes(model)
 
 
-def momenta(model: nn.Module) -> list[torch.Tensor]:
-    """Return what `relora.residual` keeps from step to step, of each low-rank layer that has it."""
+def momenta(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what `relora.residual` keeps from step to step, by the names it is saved under."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    return [layer.weight_momentum for layer in layers if layer.weight_momentum is not None]
+    found = {f"{layer.name}.weight_momentum": layer.weight_momentum for layer in layers}
+    return {name: momentum for name, momentum in found.items() if momentum is not None}
+
+
+def momentum_bytes(model: nn.Module) -> int:
+    """Return the bytes of `momenta`."""
+    return sum(momentum.nbytes for momentum in momenta(model).values())

@@ -22,7 +22,7 @@ from relora.checkpoint.strict_json import listed, shown
 from relora.checkpoint.values import decode, encode
 from relora.errors import CheckpointError, NonFiniteError
 from relora.train.groups import PhaseName
-from relora.train.phase import Optimizer
+from relora.train.phase import Optimizer, momenta
 from relora.train.precision import Resolved
 from relora.train.training_method import TrainingMethod
 from relora.train.watch import RestartWatch
@@ -120,6 +120,7 @@ class RunState:
             for key, value in self.optimizer.adamw.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     suspects[f"{name}/{key}"] = value
+        suspects |= momenta(self.model)
         # One wait for the device, not one for each tensor: each answers on the device first.
         device = next(iter(parameters.values())).device
         finite = torch.stack([tensor.isfinite().all().to(device) for tensor in suspects.values()]).tolist()

@@ -201,7 +201,7 @@ class _Run:
             live.count([parameter], WEIGHTS, are_parameters=True)
         for name, buffer in self.model.named_buffers():
             live.relabel(buffer, RESIDUAL if "residual" in name else WEIGHTS)
-        for momentum in momenta(self.model):
+        for momentum in momenta(self.model).values():
             live.relabel(momentum, STATES)
         for host in (layer.host_residual for layer in self._wrapped()):
             if host is not None:
