@@ -38,3 +38,10 @@ def test_it_trains_a_few_steps_and_by_full_too(tmp_path: Path, method: str) -> N
     assert all(restart["num_states"] == 0 and not restart["unmoved_layers"] for restart in restarts)
     if method == "relora":
         assert summary["parameters_trainable"] < summary["parameters_total"]
+        # lora_B (rank 32) and the rest by AdamW, and 2 bytes for each weight of the base.
+        factors, base = 32 * (5 * 48 + 2 * 64), 4 * 48 * 48 + 3 * 48 * 64
+        assert summary["optimizer_bytes"] - 8 * summary["parameters_trainable"] - 2 * base in range(0, 500)
+        # Weights, frozen lora_A among them, and rotary frequencies.
+        lora_A = 32 * (6 * 48 + 64)
+        assert summary["parameters_total"] > base + factors + lora_A
+        assert summary["weight_bytes"] - 4 * summary["parameters_total"] in range(0, 500)

@@ -114,6 +114,16 @@ def test_skip_changes_no_bit_and_names_the_documents(poisoned):
         assert text.split("\n")[0].isdigit()
 
 
+def test_a_step_passed_over_says_that_it_cost_the_complements_momentum(poisoned, tmp_path, capsys):
+    recipe, step = poisoned
+    relora = replace(recipe.relora, factors="B", residual="muon", warm_start_steps=2)
+    write_recipe(replace(named(recipe, "momentum"), relora=relora), tmp_path / "momentum.toml")
+    assert main(["train", str(tmp_path / "momentum.toml"), "--train.nonfinite", "skip"]) == 0
+    captured = capsys.readouterr()
+    (said,) = [line for line in (captured.out + captured.err).splitlines() if f"step {step}: loss" in line]
+    assert said.endswith("; the complement's momentum begins anew")
+
+
 def test_a_fork_keeps_what_was_not_finite(poisoned):
     recipe, step = poisoned
     source = fit(named(recipe, "kept", nonfinite="skip"))

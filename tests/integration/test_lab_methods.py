@@ -31,7 +31,7 @@ METHODS = {
         "relora": {
             "factors": "B",
             "reset": "transport",
-            "residual": "sign",
+            "residual": "muon",
             "residual_layers": 3,
             "scaling_rule": "learned",
         },

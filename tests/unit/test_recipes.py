@@ -86,6 +86,11 @@ def test_beyond_is_its_preset_cold_on_the_quickstarts_model_and_text():
     assert (full.optim.lr, full.switch_step) == (4e-3, None)
 
 
+def test_only_what_restarts_steps_on_the_complement():
+    lora = method_config(load_recipe("beyond", {"run": {"method": "lora"}}))
+    assert lora == ReLoRAConfig.beyond(rank=32, residual="none", residual_scale=1.0)
+
+
 def test_quickstart_is_an_honest_relora_that_downloads_nothing():
     recipe = load_recipe("quickstart")
     assert recipe.data.source == "python-stdlib"
