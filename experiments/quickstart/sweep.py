@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cells import CELLS, Cell
 
+import relora.lab.methods  # noqa: F401 - their names are known from here on
 from relora.train.config import Recipe
 from relora.train.recipe_io import load_recipe, write_recipe
 from relora.train.run_folder import note_origin
