@@ -89,11 +89,18 @@ def moved_by_noise(num_micro_batches: int) -> float:
     return float(votes.directions(held)(slice(None)).abs().mean())
 
 
-def held_a_weight(config: ReLoRAConfig | None, *, hidden: int = 128, intermediate: int = 352) -> float:
+def held_a_weight(
+    config: ReLoRAConfig | None,
+    optimizer_type: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    *,
+    hidden: int = 128,
+    intermediate: int = 352,
+) -> float:
     """Return the bytes of gradients, states and votes of a step, for each weight of a LLaMA layer's matrices.
 
     Args:
-        config: Of low-rank layers, trained by AdamW; None trains the matrices themselves by AdamW.
+        config: Of low-rank layers; None trains the matrices themselves.
+        optimizer_type: Of what trains.
         hidden: Width.
         intermediate: Width of the MLP.
     """
@@ -103,7 +110,7 @@ def held_a_weight(config: ReLoRAConfig | None, *, hidden: int = 128, intermediat
     if config is not None:
         inject(layers, config)
     trained = [p for p in layers.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = optimizer_type(trained)  # type: ignore[call-arg]
     restarts = None if config is None else ReLoRA(layers, optimizer, config)
     torch.stack([layer(torch.randn(8, layer.in_features)).sum() for layer in layers]).sum().backward()
     optimizer.step()
@@ -135,6 +142,7 @@ def main() -> None:
         | {f"nf4, rank {rank}, 3 rounds": carried(512, rank, dtype="nf4") for rank in _nf4_ranks()},
         "bytes of gradients and states a weight, LLaMA layer of hidden 128": {
             "full rank, AdamW": held_a_weight(None),
+            "full rank, Muon": held_a_weight(None, torch.optim.Muon),
             "LoRA or ReLoRA, both factors, rank 32": held_a_weight(ReLoRAConfig(rank=32)),
             **{
                 f"one-sided, residual {residual}, rank {rank}": held_a_weight(
