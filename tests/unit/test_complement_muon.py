@@ -105,7 +105,7 @@ def test_resumed_in_mid_cycle_is_bit_equal(dtype, changes):
         saved[step] = copy.deepcopy(state)
     expected = whole.everything()
     assert expected["up.weight_momentum"].any()
-    for step in range(1, 10):
+    for step in (2, 4, 7):
         for is_model_first in (True, False):
             model, optimizer, counters = copy.deepcopy(saved[step])
             resumed = Loop(config, tiny_model(dtype))
@@ -177,18 +177,18 @@ def test_a_layer_that_no_backward_reached_stays_whatever_its_momentum_says():
     assert loop.model.idle.weight_momentum[0, 0].item() == pytest.approx(0.81, rel=0.01)
 
 
-@pytest.mark.parametrize("passes", [8, 256])
-def test_what_many_micro_batches_add_is_not_rounded_away(passes):
-    """Each adds less than the last bit of the mean, from 64 of them on."""
+def test_what_many_micro_batches_add_is_not_rounded_away():
+    """Each of 128 adds less than the last bit of the mean, which would stop at 0.3 of the gradient."""
+    passes = 128
     muon, held = RESIDUALS["muon"], torch.zeros(64, 64, dtype=torch.bfloat16)
     gradient = torch.linspace(-1, 1, 64 * 64).view(64, 64)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(50):
         muon.begin_(held, 1)
         for before in range(passes):
             muon.add_(held, gradient / passes, Pass(num_before=before, world_size=1, generator=generator))
     slope = float((held.float() * gradient).sum() / gradient.square().sum())
-    assert slope == pytest.approx(1, abs=0.01)
+    assert slope == pytest.approx(1 - 0.9**50, abs=0.01)
     assert float((held - gradient).square().mean().sqrt()) < 0.06 * float(gradient.square().mean().sqrt())
 
 
