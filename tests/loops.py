@@ -1,5 +1,6 @@
 """A tiny training loop: a model of odd shapes, and batches that are a function of the step alone."""
 
+import copy
 from collections import OrderedDict
 
 import torch
@@ -73,6 +74,22 @@ class Loop:
 
     def factors(self):
         return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+
+    def state(self):
+        """What a checkpoint would hold, as copies: of model, optimizers and counters."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return copy.deepcopy((self.model.state_dict(), optimizers, self.relora.state_dict()))
+
+    def load(self, state, *, is_model_first=True):
+        """Take it over, the model before or after the rest."""
+        model, optimizers, counters = copy.deepcopy(state)  # optimizers keep what they load
+        if is_model_first:
+            self.model.load_state_dict(model)
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            optimizer.load_state_dict(saved)
+        self.relora.load_state_dict(counters)
+        if not is_model_first:
+            self.model.load_state_dict(model)
 
     def everything(self):
         """Every tensor and number training goes on from, as copies."""

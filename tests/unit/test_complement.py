@@ -260,15 +260,11 @@ def test_resumed_in_mid_cycle_is_bit_equal(residual):
     saved = {}
     for step in range(1, 11):
         whole.run(step, step)
-        state = whole.model.state_dict(), whole.optimizers[0].state_dict(), whole.relora.state_dict()
-        saved[step] = copy.deepcopy(state)
+        saved[step] = whole.state()
     expected = whole.everything()
     for step in range(1, 10):
         resumed = Loop(config, tiny_model(torch.bfloat16))
-        model, optimizer, counters = saved[step]
-        resumed.model.load_state_dict(model)
-        resumed.optimizers[0].load_state_dict(optimizer)
-        resumed.relora.load_state_dict(counters)
+        resumed.load(saved[step])
         resumed.run(step + 1, 10)
         assert differing(expected, resumed.everything()) == [], step
 
@@ -445,12 +441,7 @@ def test_a_resumed_run_sees_by_the_rows_that_were_loaded_whatever_was_loaded_fir
     whole, cut, resumed = (Loop(config, tiny_model()) for _ in range(3))
     whole.run(1, 9)
     cut.run(1, 4)
-    if is_model_first:
-        resumed.model.load_state_dict(cut.model.state_dict())
-    resumed.optimizers[0].load_state_dict(cut.optimizers[0].state_dict())
-    resumed.relora.load_state_dict(cut.relora.state_dict())
-    if not is_model_first:
-        resumed.model.load_state_dict(cut.model.state_dict())
+    resumed.load(cut.state(), is_model_first=is_model_first)
     resumed.run(5, 9)
     assert differing(resumed.everything(), whole.everything()) == []
 
@@ -461,9 +452,7 @@ def test_turns_go_on_where_a_resumed_run_left_them():
     whole.run(1, 9)
     cut.run(1, 4)
     resumed = Loop(config, tiny_model())
-    resumed.model.load_state_dict(cut.model.state_dict())
-    resumed.optimizers[0].load_state_dict(cut.optimizers[0].state_dict())
-    resumed.relora.load_state_dict(cut.relora.state_dict())
+    resumed.load(cut.state())
     resumed.run(5, 9)
     assert differing(resumed.everything(), whole.everything()) == []
 

@@ -101,20 +101,13 @@ def test_resumed_in_mid_cycle_is_bit_equal(dtype, changes):
     saved = {}
     for step in range(1, 11):
         whole.run(step, step)
-        state = whole.model.state_dict(), whole.optimizers[0].state_dict(), whole.relora.state_dict()
-        saved[step] = copy.deepcopy(state)
+        saved[step] = whole.state()
     expected = whole.everything()
     assert expected["up.weight_momentum"].any()
     for step in (2, 4, 7):
         for is_model_first in (True, False):
-            model, optimizer, counters = copy.deepcopy(saved[step])
             resumed = Loop(config, tiny_model(dtype))
-            if is_model_first:
-                resumed.model.load_state_dict(model)
-            resumed.optimizers[0].load_state_dict(optimizer)
-            resumed.relora.load_state_dict(counters)
-            if not is_model_first:
-                resumed.model.load_state_dict(model)
+            resumed.load(saved[step], is_model_first=is_model_first)
             resumed.run(step + 1, 10)
             assert differing(expected, resumed.everything()) == [], step
 
@@ -124,15 +117,11 @@ def test_counters_loaded_after_a_backward_pass_leave_the_loaded_momentum_alone()
     config = replace(CONFIG, restart_every=4)
     loop = Loop(config)
     loop.run(1, 5)
-    saved = copy.deepcopy(
-        (loop.model.state_dict(), loop.optimizers[0].state_dict(), loop.relora.state_dict())
-    )
+    saved = loop.state()
     loop.run(6, 8)
     expected = loop.everything()
     loop.loss(77).backward()
-    loop.model.load_state_dict(saved[0])
-    loop.optimizers[0].load_state_dict(saved[1])
-    loop.relora.load_state_dict(saved[2])
+    loop.load(saved)
     loop.run(6, 8)
     assert differing(expected, loop.everything()) == []
     assert loop.relora.complement_report.num_forgotten == 0

@@ -108,8 +108,8 @@ class GradientObserver:
         return block if block.dtype == torch.float64 else block.float(), None
 
     @property
-    def _random(self) -> torch.Generator:
-        if self._generator is None:
+    def _random(self) -> torch.Generator | None:
+        if self._generator is None and self._residual.keeps_momentum:
             self._generator = torch.Generator(self._base.weight.device).manual_seed(self._seed)
         return self._generator
 

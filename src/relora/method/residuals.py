@@ -30,8 +30,8 @@ class Pass:
     """Passes of the step before it, through the same layer on this rank."""
     world_size: int
     """Ranks whose shares will be added."""
-    generator: torch.Generator
-    """On the layer's device, for what is rounded at random."""
+    generator: torch.Generator | None
+    """On the layer's device, for what is rounded at random; None where no momentum is kept."""
 
 
 class Residual(Protocol):
@@ -59,18 +59,27 @@ class Residual(Protocol):
         """Return what making D costs in matrix products."""
 
 
-class SignVotes:
-    """The sign of the sum of signs, an int8 each."""
+class _OfOneStep:
+    """What is begun anew in each step, and made a direction of without products."""
 
     keeps_momentum = False
+
+    def begin_(self, held: Tensor, world_size: int) -> None:
+        """Nothing is left of the step before."""
+
+    def flops(self, out_features: int, in_features: int) -> int:
+        """Return 0."""
+        del out_features, in_features
+        return 0
+
+
+class SignVotes(_OfOneStep):
+    """The sign of the sum of signs, an int8 each."""
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         """Return int8."""
         del weight
         return torch.int8
-
-    def begin_(self, held: Tensor, world_size: int) -> None:
-        """Nothing is left of the step before."""
 
     def add_(self, held: Tensor, rows: Tensor, place: Pass) -> None:
         """Add votes; they saturate at 127, far from the tie that would decide."""
@@ -91,24 +100,14 @@ class SignVotes:
         """Return -1, 0 or 1."""
         return lambda rows: held[rows].sign().float()
 
-    def flops(self, out_features: int, in_features: int) -> int:
-        """Return 0."""
-        del out_features, in_features
-        return 0
 
-
-class ColumnSum:
+class ColumnSum(_OfOneStep):
     """The sum of gradients with columns of RMS 1, in bf16."""
-
-    keeps_momentum = False
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         """Return bfloat16."""
         del weight
         return torch.bfloat16
-
-    def begin_(self, held: Tensor, world_size: int) -> None:
-        """Nothing is left of the step before."""
 
     def add_(self, held: Tensor, rows: Tensor, place: Pass) -> None:
         """Add gradients."""
@@ -125,11 +124,6 @@ class ColumnSum:
         norms = torch.linalg.vector_norm(held, dim=0, dtype=torch.float32)
         scale = torch.where(norms > 0, math.sqrt(len(held)) / norms, 0)
         return lambda rows: held[rows] * scale
-
-    def flops(self, out_features: int, in_features: int) -> int:
-        """Return 0."""
-        del out_features, in_features
-        return 0
 
 
 class MuonMomentum:
@@ -157,6 +151,7 @@ class MuonMomentum:
         mean: it is rounded up or down at random, so that what is lost is nothing on average.
         """
         if held.dtype == torch.bfloat16:
+            assert place.generator is not None
             share = torch.add(held, rows, alpha=(1 - self.decay) / place.world_size)
             held.copy_(rounded_at_random(share, place.generator))
         else:
