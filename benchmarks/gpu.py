@@ -4,10 +4,11 @@
 
 Full rank, PEFT LoRA and ReLoRA (both factors, one factor, bases in bf16 and int8), plain and compiled, each
 in a process of its own; sizes, ranks and sequence lengths are the recipes'. The micro batch is doubled until
-it no longer fits. A ReLoRA row then restarts after each of some steps, and the graphs that torch.compile made
-meanwhile are counted: there should be none. Methods and step are those of steps.py. --curves trains each
-recipe for about so many seconds by full, lora and relora, and keeps the loss curves. --dry-run says what
-would run. Without a GPU: exit code 2.
+it no longer fits, unless --sequences names those to measure. A ReLoRA row then restarts after each of some
+steps, and the graphs that torch.compile made meanwhile are counted: there should be none. Methods and step
+are those of steps.py. --curves trains each recipe by the trainer, as many steps as full rank takes in about so
+many seconds, by full, lora, relora and ReLoRAConfig.beyond's settings, and keeps loss curves, speed and peak
+memory. --dry-run says what would run. Without a GPU: exit code 2.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ TRAINED = (
     "one-sided, bf16 base",
     "one-sided, int8 base",
 )
+CURVES = ("full", "lora", "relora", "beyond")
+"""What --curves trains by."""
 MOST_SEQUENCES = 1024
 NO_GPU = 2
 
@@ -61,7 +64,8 @@ class Row:
     method: str
     is_compiled: bool
     rounds: int
-    most_sequences: int = MOST_SEQUENCES
+    sequences: tuple[int, ...] = tuple(2**power for power in range(MOST_SEQUENCES.bit_length()))
+    """Micro batches to measure, smallest first; the first that does not fit is the last."""
 
     def __str__(self) -> str:
         return f"{self.recipe}, {self.method}, {'compiled' if self.is_compiled else 'not compiled'}"
@@ -98,13 +102,15 @@ def measure(row: Row) -> dict[str, Any]:
                 model, optimizer, batch, precision=precision, here=here, compile_it=row.is_compiled
             )
 
-        sequences = 1
-        while sequences <= row.most_sequences and (size := at_size(stepper_of(sequences), row, here)):
+        for sequences in row.sequences:
+            size = at_size(stepper_of(sequences), row, here)
+            if size is None:
+                break
             found["sizes"].append(size)
-            sequences *= 2
         free_gradients_(cast(nn.Module, model))
         if found["sizes"] and row.method not in ("full", "PEFT LoRA"):
-            found["restarts"] = restarts(stepper_of(max(sequences // 4, 1)), rounds=row.rounds)
+            half = max(int(found["sizes"][-1]["sequences"]) // 2, 1)
+            found["restarts"] = restarts(stepper_of(half), rounds=row.rounds)
     return found
 
 
@@ -143,41 +149,53 @@ def _num_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def curve(row: Row, *, tokens_per_s: float, sequences: int, seconds: float) -> list[dict[str, object]]:
-    """Train a recipe by a method of the trainer for about `seconds`; return its logged steps."""
-    tokens_per_step = sequences * load_recipe(row.recipe).data.seq_len
+def curve(
+    recipe: str, trained: str, *, tokens_per_s: float, sequences: int, seconds: float
+) -> dict[str, Any]:
+    """Train a recipe as many steps as full rank takes in `seconds`; return its logged steps and summary."""
+    tokens_per_step = sequences * load_recipe(recipe).data.seq_len
     steps = max(int(seconds * tokens_per_s / tokens_per_step), 40)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(
-            row.recipe,
-            {
-                "run": {"method": row.method, "out": folder},
-                "relora": {"warm_start_steps": steps // 4, "restart_every": max(steps // 8, 1)},
-                "schedule": {"warmup_steps": steps // 10, "rewarmup_steps": max(steps // 100, 1)},
-                "train": {"steps": steps, "batch_size": sequences, "micro_batch_size": sequences},
-                "eval": {"every": max(steps // 8, 1)},
-                "checkpoint": {"every": 0},
-                "log": {"every": max(steps // 100, 1)},
-            },
-        )
-        return list(read_jsonl(fit(recipe).folder / METRICS).records)
+        settings: dict[str, dict[str, Any]] = {
+            "relora": {"warm_start_steps": steps // 4, "restart_every": max(steps // 8, 1)},
+            "schedule": {"warmup_steps": steps // 10, "rewarmup_steps": max(steps // 100, 1)},
+            "train": {"steps": steps, "batch_size": sequences, "micro_batch_size": sequences},
+            "eval": {"every": max(steps // 8, 1)},
+            "checkpoint": {"every": 0},
+            "log": {"every": max(steps // 100, 1)},
+        }
+        settings["run"] = {"method": "relora" if trained == "beyond" else trained, "out": folder}
+        if trained == "beyond":
+            settings["relora"] = {
+                **{"factors": "B", "scaling_rule": "matched", "reset": "none", "residual": "muon"},
+                **{"residual_scale": 5.0, "warm_start_steps": 0, "restart_every": 50},
+            }
+            settings["optim"] = {"factor_lr": load_recipe(recipe).optim.lr / 2}
+            settings["schedule"]["rewarmup_steps"] = 0
+        result = fit(load_recipe(recipe, settings))
+        kept = ("tokens", "wall_s", "tokens_per_s", "peak_memory_bytes", "restarts", "eval/loss", "precision")
+        return {
+            "summary": {key: result.summary[key] for key in kept},
+            "metrics": list(read_jsonl(result.folder / METRICS).records),
+        }
 
 
 def curves(rows: dict[str, dict[str, Any]], recipe: str, *, seconds: float) -> dict[str, Any]:
-    """Return the loss curves of a recipe by full, lora and relora, each for about `seconds`."""
+    """Return the loss curves of a recipe, each over the tokens that full rank takes `seconds` for."""
     full = rows.get(str(Row(recipe=recipe, method="full", is_compiled=False, rounds=0)), {})
     if not full.get("sizes"):
         return {}
     largest = full["sizes"][-1]
     return {
-        method: alone(
+        trained: alone(
             curve,
-            Row(recipe=recipe, method=method, is_compiled=False, rounds=0),
+            recipe,
+            trained,
             tokens_per_s=largest["tokens_per_s"],
             sequences=max(largest["sequences"] // 2, 1),
             seconds=seconds,
         )
-        for method in ("full", "lora", "relora")
+        for trained in CURVES
     }
 
 
@@ -203,7 +221,8 @@ def headline(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 def planned(options: argparse.Namespace) -> Iterator[Row]:
     """Yield what to measure."""
     for recipe, method, is_compiled in product(options.recipes, options.methods, options.compiled):
-        yield Row(recipe=recipe, method=method, is_compiled=is_compiled == "yes", rounds=options.rounds)
+        row = Row(recipe=recipe, method=method, is_compiled=is_compiled == "yes", rounds=options.rounds)
+        yield replace(row, sequences=tuple(sorted(options.sequences))) if options.sequences else row
 
 
 def parse() -> argparse.Namespace:
@@ -213,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", choices=TRAINED, nargs="+", default=list(TRAINED))
     parser.add_argument("--compiled", choices=["no", "yes"], nargs="+", default=["no", "yes"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[], help="micro batches; none: doubled")
     parser.add_argument("--curves", type=float, default=0.0, metavar="SECONDS", help="0: no loss curves")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and do not")
     options = parser.parse_args()
@@ -230,7 +250,7 @@ def main() -> int:
                 f"{row}{'' if METHODS[row.method].obstacle is None else f' ({METHODS[row.method].obstacle})'}"
             )
         for recipe in options.recipes if options.curves else ():
-            print(f"{recipe}, loss curves of full, lora and relora, {options.curves:g} s each")
+            print(f"{recipe}, loss curves of {', '.join(CURVES)}, {options.curves:g} s each")
         return 0
     if not torch.cuda.is_available():
         print(

@@ -59,6 +59,7 @@ def test_run_folder_holds_what_the_contract_names(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * 16 and summary["restarts"] == 3
     assert summary["parameters_trainable"] < summary["parameters_total"]
+    assert summary["device"] == ("cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name())
     assert math.exp(summary["eval/loss"]) == pytest.approx(summary["eval/perplexity"])
     assert summary["eval/perplexity"] < 300 and summary["switch"]["step"] == 4
 

@@ -203,7 +203,7 @@ def test_what_gpu_does_to_a_model_works_on_a_cpu(monkeypatch: pytest.MonkeyPatch
     gpu = import_module("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "PAPER_VOCAB_SIZE", 300)
-    row = gpu.Row(recipe="quickstart", method="one-sided", is_compiled=False, rounds=1, most_sequences=2)
+    row = gpu.Row(recipe="quickstart", method="one-sided", is_compiled=False, rounds=1, sequences=(1, 2))
     found = gpu.measure(row)
     assert [size["sequences"] for size in found["sizes"]] == [1, 2]
     assert found["restarts"]["num_new_graphs"] == 0

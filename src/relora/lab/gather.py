@@ -18,7 +18,7 @@ _CURVE_POINTS = 120
 _MEASURED = (
     *("steps", "tokens", "parameters_total", "parameters_trainable", "weight_bytes", "optimizer_bytes"),
     *("wall_s", "tokens_per_s", "peak_memory_bytes", "restarts", "ranks", "switch", "method_facts"),
-    *("eval_split", "versions"),
+    *("eval_split", "device", "versions"),
 )
 
 

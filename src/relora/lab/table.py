@@ -76,6 +76,8 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
     earlier = sum(bool(cell.get("earlier")) for cell in results["cells"])
     if earlier:
         found.append(f"{earlier} cells were kept from earlier starts, perhaps elsewhere: compare no speeds")
+    if len(devices := _devices(results)) > 1:
+        found.append(f"cells ran on different devices ({', '.join(devices)}): compare no speeds, no memory")
     few = sorted({line.arm for line in lines if 0 < len(line.cells) < 3})
     if few:
         found.append(f"fewer than 3 seeds: {', '.join(few)}")
@@ -124,10 +126,15 @@ def how_made(results: Mapping[str, Any]) -> str:
     )
     return (
         f"{tuning}{final} final runs with seeds {', '.join(map(str, study['seeds']))}, measured on the "
-        f"held-out split; {tokens / 1e6:.1f} M tokens in all, {machine['threads_per_cell']} threads a run, "
-        f"torch {results['versions']['torch']}. Differences are paired by seed; their intervals are "
-        "Student's t."
+        f"held-out split; {tokens / 1e6:.1f} M tokens in all, {machine['threads_per_cell']} threads a run"
+        f"{''.join(f', {name}' for name in _devices(results))}, torch {results['versions']['torch']}. "
+        "Differences are paired by seed; their intervals are Student's t."
     )
+
+
+def _devices(results: Mapping[str, Any]) -> list[str]:
+    """Return what the cells ran on, as far as they tell."""
+    return sorted({str(cell["device"]) for cell in results["cells"] if cell.get("device")})
 
 
 def _tokens_trained(cell: Mapping[str, Any]) -> int:

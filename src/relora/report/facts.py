@@ -90,6 +90,7 @@ def summary_rows(run: Run) -> list[tuple[str, str]]:
         ("Optimizer state", _worded(last.get("optimizer_bytes"), size)),
         ("Processes", _whole(last.get("world_size"))),
         ("Strategy", str(last.get("strategy") or "")),
+        ("Device", str(last.get("device") or "")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in _part(last, "versions").items())),
     ]
     return [(name, value) for name, value in rows if value]

@@ -54,6 +54,7 @@ def summarise(
         "restarts": progress.restarts,
         "world_size": here.world_size,
         "strategy": here.strategy,
+        "device": device_name(here.device),
         "precision": precision,
         "versions": versions(),
         "switch": progress.switch,
@@ -72,6 +73,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """Return a GPU's model, and "cpu" for a CPU, whose model torch does not tell."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _ranks(opened: OpenedRun, state: RunState, plan: Plan) -> dict[str, float] | None:
