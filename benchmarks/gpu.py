@@ -6,7 +6,7 @@ Full rank, PEFT LoRA and ReLoRA (both factors, one factor, bases in bf16 and int
 in a process of its own; sizes, ranks and sequence lengths are the recipes'. The micro batch is doubled until
 it no longer fits, unless --sequences names those to measure. A ReLoRA row then restarts after each of some
 steps, and the graphs that torch.compile made meanwhile are counted: there should be none. Methods and step
-are those of steps.py. --curves trains each recipe by the trainer, as many steps as full rank takes in about so
+are those of steps.py. --curves trains each recipe by the trainer, as many steps as full rank takes in so
 many seconds, by full, lora, relora and ReLoRAConfig.beyond's settings, and keeps loss curves, speed and peak
 memory. --dry-run says what would run. Without a GPU: exit code 2.
 """
@@ -168,7 +168,7 @@ def curve(
         if trained == "beyond":
             settings["relora"] = {
                 **{"factors": "B", "scaling_rule": "matched", "reset": "none", "residual": "muon"},
-                **{"residual_scale": 5.0, "warm_start_steps": 0, "restart_every": 50},
+                **{"residual_scale": 5.0, "warm_start_steps": 0, "restart_every": min(50, steps)},
             }
             settings["optim"] = {"factor_lr": load_recipe(recipe).optim.lr / 2}
             settings["schedule"]["rewarmup_steps"] = 0
