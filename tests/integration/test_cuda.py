@@ -11,6 +11,9 @@ import torch
 from test_train import _Death, _fit_until, assert_same_run
 
 import relora.lab.methods  # noqa: F401
+from method_samples import linear
+from ranks import on_two_ranks
+from relora import LoRALinear, ReLoRAConfig, inject, merge_and_reinit_
 from relora.train.fit import fit
 from tiny_run import tiny_recipe
 
@@ -71,6 +74,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, policy: str, precision:
     assert_same_run(fit(recipe).folder, whole.folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile's, torch 2.11
 def test_restarts_compile_nothing_anew(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
@@ -88,3 +92,25 @@ def test_restarts_compile_nothing_anew(tmp_path: Path) -> None:
     )
     assert fit(once).summary["restarts"] == 0
     assert few == counters["stats"]["unique_graphs"] > 0
+
+
+def reinitialised(device: str, *, seed: int = 0) -> torch.Tensor:
+    layer = linear(333, 120).to(device)
+    inject(layer, ReLoRAConfig(rank=100, factors="B"))
+    merge_and_reinit_(layer, seed=seed, restart_index=1)
+    assert isinstance(layer, LoRALinear)
+    return layer.lora_A.detach().cpu()
+
+
+def test_new_rows_are_the_cpu_s() -> None:
+    # The CPU's QR is off by some eps cond(G) in float32.
+    torch.testing.assert_close(reinitialised("cuda"), reinitialised("cpu"), rtol=0, atol=1e-5)
+
+
+def rows_of_a_seed_of_its_own(rank: int) -> torch.Tensor:
+    return reinitialised("cuda", seed=rank)
+
+
+def test_new_rows_are_the_first_rank_s() -> None:
+    first, second = on_two_ranks(rows_of_a_seed_of_its_own)
+    assert torch.equal(first, second) and torch.equal(first, reinitialised("cuda"))

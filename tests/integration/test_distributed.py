@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from relora.checkpoint.lock import folder_lock
 from relora.train.config import Recipe
@@ -20,6 +21,8 @@ def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> subpr
     write_recipe(recipe, path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    if 0 < torch.cuda.device_count() < processes:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL gives each rank a GPU of its own
     return subprocess.run(
         [*command, "-m", "relora", "train", str(path)],
         env=environment,

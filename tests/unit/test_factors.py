@@ -24,6 +24,7 @@ from method_samples import (
 )
 from reference.low_rank import kaiming_bound
 from relora import LoRALinear, ReLoRAConfig, inject, lora_parameters, merge_and_reinit_
+from relora.method.factor_init import FACTOR_INITS, Draw, orthonormal_rows
 
 R3 = ReLoRAConfig(rank=3)
 
@@ -54,6 +55,29 @@ def test_orthonormal_factors_have_orthonormal_rows(kind: str) -> None:
         assert isinstance(layer, LoRALinear)
         rows = numpy64(layer.lora_A)
         np.testing.assert_allclose(rows @ rows.T, np.eye(4), atol=1e-6)
+
+
+SHAPES = [(1, 1), (7, 1), (11, 3), (9, 9), (33, 33), (2048, 512), (2050, 300)]
+
+
+@pytest.mark.parametrize(("in_features", "rank"), SHAPES)
+def test_rows_made_as_on_a_gpu_are_the_cpu_s(in_features: int, rank: int) -> None:
+    name = {"seed": 3, "restart_index": 2, "name": "blocks.0.q_proj"}
+    draw = Draw(rank=rank, in_features=in_features, device=torch.device("cpu"), **name)  # type: ignore[arg-type]
+    gaussian = torch.empty(in_features, rank).normal_(generator=draw.generator())
+    rows = orthonormal_rows(gaussian)
+    assert rows.dtype == torch.float32 and rows.is_contiguous()
+    # The CPU's QR is off by some eps cond(G) in float32.
+    torch.testing.assert_close(rows, FACTOR_INITS["orthonormal"].draw(draw), rtol=0, atol=1e-5)
+    product = numpy64(rows) @ numpy64(rows).T
+    np.testing.assert_allclose(product, np.eye(rank), atol=1e-6)
+
+
+def test_a_gaussian_that_cholesky_cannot_factor_goes_the_cpu_s_way() -> None:
+    gaussian = torch.empty(7, 3).normal_(generator=torch.Generator().manual_seed(0))
+    gaussian[:, 1] = 0
+    columns, triangle = torch.linalg.qr(gaussian)
+    assert torch.equal(orthonormal_rows(gaussian), (columns * triangle.diagonal().sign()).T)
 
 
 def factors_digest(model: nn.Module) -> str:

@@ -23,9 +23,11 @@ from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint
 
 # Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer are less
 # than the layer itself. A block has this many entries at least, so that a small layer's time is not all
-# Python's; its copies are about a megabyte at most.
+# Python's; its copies are about a megabyte at most. A GPU, which a block of that size would keep busy for less
+# time than it takes to ask, has larger ones, of 32 megabytes a copy.
 _BLOCKS = 32
 _LEAST_BLOCK_ENTRIES = 3 << 12
+_LEAST_BLOCK_ENTRIES_ON_A_GPU = 1 << 22
 
 
 class FrozenBase(nn.Module):
@@ -101,7 +103,9 @@ class FrozenBase(nn.Module):
 
     def row_blocks(self) -> Iterator[slice]:
         """Yield slices of output features small enough for float64 work on them to stay cheap in memory."""
-        entries = max(_LEAST_BLOCK_ENTRIES, self.out_features * self.in_features // _BLOCKS)
+        is_on_gpu = self.weight.device.type == "cuda"
+        least = _LEAST_BLOCK_ENTRIES_ON_A_GPU if is_on_gpu else _LEAST_BLOCK_ENTRIES
+        entries = max(least, self.out_features * self.in_features // _BLOCKS)
         step = max(1, entries // self.in_features)
         for first in range(0, self.out_features, step):
             yield slice(first, min(first + step, self.out_features))

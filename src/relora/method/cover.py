@@ -35,7 +35,7 @@ def cover_rows(rank: int, in_features: int, *, index: int, key: Sequence[str | i
         key: Seed and layer name.
 
     Returns:
-        (rank, in_features) float32 CPU tensor with orthonormal rows.
+        (rank, in_features) float32 CPU tensor with orthonormal rows, computed there wherever the layer lies.
     """
     sweep, chosen = _turn(rank, in_features, index=index, key=key)
     columns = _unit_rows(chosen, in_features).T.contiguous()

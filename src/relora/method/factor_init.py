@@ -16,6 +16,8 @@ from relora.method.cover import column_rows, cover_rows
 from relora.method.seeds import derived_generator
 from relora.method.threads import one_thread
 
+_BLOCK = 1024  # columns of lora_A that are solved for at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -27,6 +29,8 @@ class Draw:
     restart_index: int
     name: str
     """The layer's."""
+    device: torch.device
+    """Where linear algebra may run: it decides how fast and how numbers are rounded, not which are drawn."""
 
     def generator(self, purpose: str = "lora_A") -> torch.Generator:
         """Return a CPU generator of this draw's own."""
@@ -38,7 +42,7 @@ class FactorInit:
     """One way of drawing lora_A."""
 
     draw: Callable[[Draw], Tensor]
-    """Returns a float32 CPU tensor of shape (rank, in_features)."""
+    """Returns a float32 tensor of shape (rank, in_features), on the CPU or the draw's device."""
     rms: Callable[[int], float]
     """in_features -> expected root mean square of an entry."""
     needs_gradient: bool = False
@@ -58,6 +62,33 @@ def _kaiming(draw: Draw) -> Tensor:
 
 def _orthonormal(draw: Draw) -> Tensor:
     gaussian = _blank(draw.in_features, draw.rank).normal_(generator=draw.generator())
+    return orthonormal_rows(gaussian.to(draw.device)) if draw.device.type == "cuda" else _qr_rows(gaussian)
+
+
+def orthonormal_rows(gaussian: Tensor) -> Tensor:
+    """Orthonormalise columns on their device, by Cholesky QR done twice in float64.
+
+    G = Q R with a positive diagonal of R has R^T = L, where L L^T = G^T G, and Q^T = L^-1 G^T: in exact
+    arithmetic what `init="orthonormal"` computes on the CPU, which rounds otherwise.
+
+    Args:
+        gaussian: (in_features, rank) float32, rank <= in_features.
+
+    Returns:
+        (rank, in_features) float32 on the same device; made on the CPU if G^T G is singular in float64.
+    """
+    columns, failures = gaussian.double(), []
+    for _ in range(2):  # once leaves errors of eps cond(G)^2
+        lower, failure = torch.linalg.cholesky_ex(columns.T @ columns)
+        failures.append(failure)
+        for block in columns.split(_BLOCK):  # in place: one float64 copy of lora_A, as a merge has
+            block.copy_(torch.linalg.solve_triangular(lower.T, block, upper=True, left=False))
+    if bool((torch.stack(failures) == 0).all() & columns.isfinite().all()):
+        return columns.T.to(torch.float32, memory_format=torch.contiguous_format)
+    return _qr_rows(gaussian.cpu()).to(gaussian.device)
+
+
+def _qr_rows(gaussian: Tensor) -> Tensor:
     with one_thread():
         columns, triangle = torch.linalg.qr(gaussian)
     # The sign of R's diagonal is the only freedom of QR; fixing it makes the rows uniformly distributed.

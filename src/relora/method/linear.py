@@ -237,6 +237,7 @@ class LoRALinear(BaseWithMomentum):
                 seed=seed,
                 restart_index=restart_index,
                 name=self.name,
+                device=self.lora_A.device,
             )
             self.lora_A.copy_(FACTOR_INITS[self.config.factor_init].draw(draw))
         self.lora_B.zero_()

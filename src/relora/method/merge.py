@@ -16,6 +16,7 @@ from torch.linalg import vector_norm as norm
 
 from relora.errors import ConfigError, NonFiniteError
 from relora.method.linear import LoRALinear, lora_layers
+from relora.method.ranks import take_from_first_rank_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class MergeReport:
 
 
 def merge_and_reinit_(model: nn.Module, *, seed: int, restart_index: int) -> MergeReport:
-    """Merge every layer's delta into its base and start new factors, in place.
+    """Merge every layer's delta into its base and start new factors, in place, on every rank or on none.
 
     Args:
         model: An injected model, or a wrapper around one.
@@ -89,9 +90,11 @@ def refuse_sharded(layers: Sequence[LoRALinear]) -> None:
 
 
 def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> None:
-    """Start new factors in every layer: lora_A drawn, lora_B zero."""
+    """Start new factors in every layer: lora_A drawn, lora_B zero. Every rank calls it, or none."""
     for layer in layers:
         layer.reinit_(seed=seed, restart_index=restart_index)
+    # Ranks draw the same numbers; whether a GPU's linear algebra has the same bits is not left to chance.
+    take_from_first_rank_([layer.lora_A.detach() for layer in layers if layer.lora_A.is_cuda])
 
 
 @torch.no_grad()

@@ -154,6 +154,7 @@ class SwitchLoRA(CountedRestarts):
             seed=self.recipe.run.seed,
             restart_index=step,
             name=layer.name,
+            device=torch.device("cpu"),  # a few rows: fast there, and the same on every rank
         )
         layer.lora_A[chosen] = FACTOR_INITS[layer.config.factor_init].draw(drawn).to(layer.lora_A)
         layer.lora_B[:, chosen] = 0
