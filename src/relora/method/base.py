@@ -23,8 +23,8 @@ from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint
 
 # Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer are less
 # than the layer itself. A block has this many entries at least, so that a small layer's time is not all
-# Python's; its copies are about a megabyte at most. A GPU, which a block of that size would keep busy for less
-# time than it takes to ask, has larger ones, of 32 megabytes a copy.
+# Python's; its copies are about a megabyte at most. A GPU has larger ones, of 32 megabytes a copy: such a
+# block would keep it busy for less time than it takes to ask.
 _BLOCKS = 32
 _LEAST_BLOCK_ENTRIES = 3 << 12
 _LEAST_BLOCK_ENTRIES_ON_A_GPU = 1 << 22
