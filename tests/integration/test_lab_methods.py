@@ -44,6 +44,7 @@ METHODS = {
         "optim": {"lr": 1e-1},
     },
     "full-muon": {"method": {"adamw_lr": 2e-3}},
+    "muon-in-place": {"method": {"adamw_lr": 2e-3}, "optim": {"weight_decay": 0.1}},
     "full-scale": {"method": {"adamw_lr": 5e-3}, "optim": {"lr": 2e-3}},
     "control": {},
     "galore": {"method": {"refresh_every": 3}},

@@ -2,7 +2,7 @@
 
 What is kept of it and which direction it gives is module `residuals`'; G is made a block of rows at a time,
 never whole. The residual of low-rank layers (module `complement`) and the warm start without optimizer state
-(`state_free`) both move weights by it.
+(`in_place`) both move weights by it.
 """
 
 from collections.abc import Iterator, Sequence

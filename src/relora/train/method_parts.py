@@ -6,6 +6,7 @@ this is the surface that a method of one's own may rely on.
 
 from relora.data.prepared import PreparedData
 from relora.method.factor_init import FACTOR_INITS, Draw
+from relora.method.in_place import InPlace, PlainWeight
 from relora.method.inject import lora_parameters
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import LayerMerge, MergeReport, merge_, reinit_
@@ -17,9 +18,11 @@ from relora.method.targets import choose_targets
 __all__ = [
     "FACTOR_INITS",
     "Draw",
+    "InPlace",
     "LayerMerge",
     "LoRALinear",
     "MergeReport",
+    "PlainWeight",
     "PreparedData",
     "ResetReport",
     "RestartReport",

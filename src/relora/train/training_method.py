@@ -20,9 +20,9 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from relora.data.prepared import PreparedData
 from relora.errors import OptimizerResetError
+from relora.method.in_place import InPlace
 from relora.method.restart import ReLoRA
 from relora.method.restart_report import RestartReport
-from relora.method.state_free import StateFree
 from relora.method.targets import choose_targets
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName
@@ -83,7 +83,7 @@ class TrainingMethod:
 class LowRank(TrainingMethod):
     """Factors beside frozen weights, trained beside what stays at full rank."""
 
-    warm_start: StateFree | None = None
+    warm_start: InPlace | None = None
     """What trains the target matrices in a warm start without optimizer state."""
     _was_taken: bool = True
     """Whether the step that `after_step` is told of was taken."""
@@ -93,7 +93,7 @@ class LowRank(TrainingMethod):
         kind = self.recipe.relora.warm_start_kind
         if kind != "adamw" and self.plan.switch_step:
             layers = choose_targets(model, method_config(self.recipe)).layers
-            self.warm_start = StateFree(model, layers, kind=kind)
+            self.warm_start = InPlace(model, layers, kind=kind)
 
     def switch_(self, model: nn.Module) -> str:
         """Put the factors in."""
@@ -113,7 +113,7 @@ class LowRank(TrainingMethod):
         if self.warm_start is None:
             return None
         if not was_taken:
-            self.warm_start.drop()
+            self.warm_start.drop(step)
             return None
         optim = self.recipe.optim
         lr = optim.lr * self.plan.multiplier(step)

@@ -36,6 +36,23 @@ class MuonOptions(MethodOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InPlaceOptions(MethodOptions):
+    """Muon on the hidden matrices at optim.lr, without a gradient of them; AdamW on the rest."""
+
+    adamw_lr: float | None = None
+    """Peak learning rate of what AdamW trains; none means optim.lr."""
+
+    def violations(self) -> list[str]:
+        """Return what is wrong with these fields, in words."""
+        rate = self.adamw_lr
+        return unmet((rate is None or rate > 0, f"adamw_lr must be above 0, not {rate}"))
+
+    def cross_violations(self, recipe: "Recipe") -> list[str]:
+        """Refuse what cannot see gradients go by."""
+        return unmet((not recipe.train.compile, "train.compile must be false: muon-in-place is eager only"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScaleOptions(MuonOptions):
     """Normalised gradients without memory on every matrix at optim.lr, the output head's with momentum; AdamW
     on norms and biases (after SCALE, arXiv 2506.16659).

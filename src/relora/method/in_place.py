@@ -1,15 +1,15 @@
-"""A full-rank phase without optimizer state: linear layers move by what the backward pass shows (H5, SCALE).
+"""Full rank without a gradient of the weight: linear layers move by what the backward pass shows (H5, SCALE).
 
-    W <- (1 - lr * decay) W - lr * scale * D,    D of RMS 1 at most, as for `residual`: "sign" or "column"
+    W <- (1 - lr * decay) W - lr * scale * D,    D of RMS 1 at most, as for `residual`
 
 of G = g^T x, the whole gradient of the layer's weight. The weights are frozen for autograd, so there is
-neither a gradient nor a moment of them: from a layer's backward to the step 1 ("sign") or 2 bytes a weight
-are held, made a block of rows at a time. Under torch.distributed those are summed over ranks;
-DistributedDataParallel, which must be built after this, knows nothing of the weights. Eager mode only, as
-everything that observes.
+no gradient of them: from a layer's backward to the step 1 ("sign") or 2 bytes a weight ("column") are held,
+made a block of rows at a time, and no state; with "muon" a momentum of 2 bytes from step to step, and nothing
+beside it. Under torch.distributed those are summed over ranks; DistributedDataParallel, which must be built
+after this, knows nothing of the weights. Eager mode only, as everything that observes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from relora.method.complement_report import ComplementReport
 from relora.method.gradient_observer import GradientObserver, move_together_
 from relora.method.observe import observed, refuse_compiled
 from relora.method.residuals import RESIDUALS
+from relora.method.seeds import derived_seed
 
 _BLOCK_ENTRIES = 1 << 22
 
@@ -27,12 +28,16 @@ _BLOCK_ENTRIES = 1 << 22
 class PlainWeight:
     """The weight of a plain linear layer (or a transposed `Conv1D`), (out_features, in_features)."""
 
-    weight_momentum = None
-
-    def __init__(self, name: str, layer: nn.Module) -> None:
+    def __init__(self, name: str, layer: nn.Module, momentum: "MomentumOf | None" = None) -> None:
         self.name, self.layer = name, layer
         self.weight = layer.get_parameter("weight")
+        self._momentum = momentum
         self._is_transposed = not isinstance(layer, nn.Linear)
+
+    @property
+    def weight_momentum(self) -> Tensor | None:
+        """Its momentum, (out_features, in_features) whichever way the weight lies, where one is kept."""
+        return None if self._momentum is None else self._momentum(self)
 
     @property
     def _rows(self) -> Tensor:
@@ -70,26 +75,41 @@ class PlainWeight:
         """Nothing is kept beside the weight."""
 
 
-class StateFree:
-    """Trains the weights of some layers without state, from its making until `release_`.
+MomentumOf = Callable[[PlainWeight], Tensor]
+"""Returns where a weight's momentum is kept."""
+
+
+class InPlace:
+    """Trains the weights of some layers without gradients of them, from its making until `release_`.
 
     Args:
         model: The model, not compiled.
         layers: Plain linear layers of it, by full name; no biases are touched.
-        kind: "sign" or "column".
+        kind: Of RESIDUALS.
+        momentum: For a kind that keeps one.
+        seed: Of what is rounded at random, with the step and the layer's name.
 
     Raises:
         ConfigError: if the model is compiled, or a weight is of half precision, which would round steps away.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], *, kind: str) -> None:
-        refuse_compiled(model, f"a warm start by {kind!r} steps")
-        self._kind = kind
-        self._weights = [PlainWeight(name, layer) for name, layer in layers.items()]
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        *,
+        kind: str,
+        momentum: MomentumOf | None = None,
+        seed: int = 0,
+    ) -> None:
+        assert RESIDUALS[kind].keeps_momentum == (momentum is not None)
+        refuse_compiled(model, f"training by {kind!r} steps in place")
+        self._kind, self._seed = kind, seed
+        self._weights = [PlainWeight(name, layer, momentum) for name, layer in layers.items()]
         for weight in self._weights:
             if weight.weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
-                    f"a warm start by {kind!r} steps needs weights in float32, but {weight.name} is "
+                    f"training by {kind!r} steps in place needs weights in float32, but {weight.name} is "
                     f"{weight.weight.dtype}: most of a step would be rounded away"
                 )
             weight.weight.requires_grad_(False)
@@ -97,7 +117,7 @@ class StateFree:
         self._hooks = [
             weight.layer.register_forward_hook(self._watch, with_kwargs=True) for weight in self._weights
         ]
-        self._begin_step()
+        self.begin(0)
 
     def _watch(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -105,13 +125,21 @@ class StateFree:
         (x,) = (*args, *kwargs.values())
         return observed(output, x, (self._observers[layer],))
 
-    def _begin_step(self) -> None:
+    def begin(self, steps_done: int) -> None:
+        """Begin the step after so many; what was seen since the last begins is seen no more."""
         residual = RESIDUALS[self._kind]
-        self._observers = {weight.layer: GradientObserver(weight, residual) for weight in self._weights}
+        self._observers = {
+            weight.layer: GradientObserver(
+                weight, residual, seed=derived_seed(self._seed, steps_done, weight.name, "in place")
+            )
+            for weight in self._weights
+        }
 
-    def drop(self) -> None:
-        """Forget what was seen of a step that is not taken."""
-        self._begin_step()
+    def drop(self, step: int) -> None:
+        """Forget what was seen of a step that is not taken, and momenta that it has gone into."""
+        for observer in self._observers.values():
+            observer.forget_()
+        self.begin(step)
 
     @torch.no_grad()
     def step_(self, step: int, *, size: float, keep: float = 1.0) -> ComplementReport:
@@ -131,11 +159,11 @@ class StateFree:
         observers = list(self._observers.values())
         if not any(observer.num_passes for observer in observers):
             raise ConfigError(
-                f"step {step}: a warm start by {self._kind!r} steps saw no backward pass through any of "
+                f"step {step}: training by {self._kind!r} steps in place saw no backward pass through any of "
                 f"{len(observers)} layers; is the model compiled?"
             )
         report = move_together_(observers, [size] * len(observers), step=step, residual=self._kind, keep=keep)
-        self._begin_step()
+        self.begin(step)
         return report
 
     def release_(self) -> None:

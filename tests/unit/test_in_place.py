@@ -11,12 +11,13 @@ import relora.lab.methods  # noqa: F401 - their names
 from loops import batch, tiny_model
 from method_samples import LAYER_KINDS, as_rows
 from ranks import on_two_ranks
-from reference.beyond import majority, unit_columns
+from reference.beyond import majority, newton_schulz, unit_columns
 from relora import ConfigError
-from relora.method.state_free import StateFree
+from relora.method.in_place import InPlace
 from tiny_run import tiny_recipe
 
 SIZE = 1e-2
+SHAPES = {"up": (11, 7), "down": (9, 11)}
 
 
 def backward(model, step, parts=1, *, chosen=slice(None)):
@@ -49,7 +50,7 @@ def test_weights_move_by_the_sign_or_the_columns_of_their_gradient(kind, parts, 
     model.down = LAYER_KINDS[layer_kind](11, 9)
     model = model.double()
     plain = copy.deepcopy(model)
-    trained = StateFree(model, {"up": model.up, "down": model.down}, kind=kind)
+    trained = InPlace(model, {"up": model.up, "down": model.down}, kind=kind)
     backward(model, 1, parts)
     report = trained.step_(1, size=SIZE, keep=0.9)
     seen = gradients(plain, 1, parts)
@@ -68,9 +69,39 @@ def test_weights_move_by_the_sign_or_the_columns_of_their_gradient(kind, parts, 
     assert report.flops == 2 * weights * 16
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("layer_kind", LAYER_KINDS)
+def test_weights_move_by_their_orthogonalised_momentum(parts, layer_kind):
+    model = tiny_model()
+    model.down = LAYER_KINDS[layer_kind](11, 9)
+    model = model.double()
+    plain = copy.deepcopy(model)
+    momenta = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    layers = {name: model.get_submodule(name) for name in SHAPES}
+    trained = InPlace(model, layers, kind="muon", momentum=lambda weight: momenta[weight.name])
+    means = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for step in (1, 2, 3):
+        before = {name: as_rows(layer).copy() for name, layer in layers.items()}
+        plain.load_state_dict(model.state_dict())
+        seen = gradients(plain, step, parts)
+        backward(model, step, parts)
+        report = trained.step_(step, size=SIZE, keep=0.9)
+        for name, layer in layers.items():
+            means[name] = 0.9 * means[name] + 0.1 * sum(each[name] for each in seen)
+            direction = 0.2 * max(SHAPES[name]) ** 0.5 * newton_schulz(means[name])
+            np.testing.assert_allclose(
+                as_rows(layer), 0.9 * before[name] - SIZE * direction, rtol=0, atol=1e-9
+            )
+            np.testing.assert_allclose(momenta[name].numpy(), means[name], rtol=0, atol=1e-12)
+            assert layer.weight.grad is None
+    assert (report.num_layers, report.moved_fraction) == (2, 1.0)
+    trained.drop(3)
+    assert not any(momentum.any() for momentum in momenta.values())
+
+
 def test_after_its_release_autograd_has_the_weights_again():
     model = tiny_model(torch.float64)
-    trained = StateFree(model, {"up": model.up}, kind="sign")
+    trained = InPlace(model, {"up": model.up}, kind="sign")
     assert not model.up.weight.requires_grad and model.down.weight.requires_grad
     trained.release_()
     backward(model, 1)
@@ -80,9 +111,9 @@ def test_after_its_release_autograd_has_the_weights_again():
 def test_what_was_seen_of_a_step_not_taken_is_dropped():
     model, other = tiny_model(torch.float64), tiny_model(torch.float64)
     for each, steps in ((model, (1, 2)), (other, (2,))):
-        trained = StateFree(each, {"up": each.up, "down": each.down}, kind="sign")
+        trained = InPlace(each, {"up": each.up, "down": each.down}, kind="sign")
         for step in steps:
-            trained.drop()
+            trained.drop(step - 1)
             backward(each, step)
         trained.step_(1, size=SIZE)
     assert torch.equal(model.up.weight, other.up.weight)
@@ -91,7 +122,7 @@ def test_what_was_seen_of_a_step_not_taken_is_dropped():
 def test_entries_that_are_not_finite_move_nothing():
     model = tiny_model(torch.float64)
     before = model.up.weight.detach().clone()
-    trained = StateFree(model, {"up": model.up}, kind="sign")
+    trained = InPlace(model, {"up": model.up}, kind="sign")
     x, y = batch(1)
     x[:, 3] = float("nan")
     (model(x.double()) - y).nan_to_num().square().mean().backward()
@@ -103,11 +134,11 @@ def test_entries_that_are_not_finite_move_nothing():
 def test_what_cannot_work_is_refused_in_words():
     model = tiny_model(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"up is torch\.bfloat16: most of a step would be rounded away"):
-        StateFree(model, {"up": model.up}, kind="sign")
+        InPlace(model, {"up": model.up}, kind="sign")
     model = tiny_model()
     with pytest.raises(ConfigError, match="is compiled"):
-        StateFree(torch.compile(model, backend="eager"), {"up": model.up}, kind="sign")
-    trained = StateFree(model, {"up": model.up}, kind="column")
+        InPlace(torch.compile(model, backend="eager"), {"up": model.up}, kind="sign")
+    trained = InPlace(model, {"up": model.up}, kind="column")
     with pytest.raises(ConfigError, match="saw no backward pass through any of 1 layers"):
         trained.step_(1, size=SIZE)
 
@@ -128,7 +159,7 @@ def test_recipes_it_does_not_fit_are_refused(tmp_path, changes, complaint):
 
 def trained(rank, kind, world_size=2):
     model = tiny_model(torch.float64)
-    start = StateFree(model, {"up": model.up, "down": model.down}, kind=kind)
+    start = InPlace(model, {"up": model.up, "down": model.down}, kind=kind)
     called = nn.parallel.DistributedDataParallel(model) if world_size == 2 else model
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in (1, 2, 3):

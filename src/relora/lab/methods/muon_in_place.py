@@ -1,0 +1,108 @@
+"""muon-in-place: full rank in 2 bytes a weight, the step on the complement taken on all of the gradient.
+
+Hidden matrices have neither a gradient nor AdamW's moments. Each backward pass of a layer goes at once into a
+momentum in bf16, and a step is its orthogonalised part: `residual="muon"` without factors, and so the control
+that tells what the factors beside it are worth. Everything else is AdamW's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer as TorchOptimizer
+
+from relora.lab.methods.options import InPlaceOptions
+from relora.train.groups import Group, PhaseName, rest_groups
+from relora.train.joint import JointOptimizer
+from relora.train.method_parts import InPlace, PlainWeight, RestartReport, choose_targets
+from relora.train.phase import Optimizer, adamw_of, method_config
+from relora.train.training_method import TrainingMethod
+
+_STATE = "momentum"
+
+
+class InPlaceMuon(TorchOptimizer):
+    """Moves weights by what their backward passes have left; their momenta are its state.
+
+    Args:
+        groups: One, of the layers' weights, with `lr` and `weight_decay`.
+        model: The model.
+        layers: Plain linear layers of it, by full name.
+        seed: Of what is rounded at random.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], model: nn.Module, layers: Mapping[str, nn.Module], *, seed: int
+    ) -> None:
+        super().__init__(groups, {})
+        self.steps_done = 0
+        self.in_place = InPlace(model, layers, kind="muon", momentum=self._momentum, seed=seed)
+
+    def _momentum(self, weight: PlainWeight) -> Tensor:
+        state = self.state[weight.weight]
+        if not state:
+            shape = (weight.out_features, weight.in_features)
+            state[_STATE] = torch.zeros(shape, dtype=torch.bfloat16, device=weight.weight.device)
+        momentum: Tensor = state[_STATE]
+        return momentum
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every weight."""
+        assert closure is None
+        (group,) = self.param_groups
+        self.in_place.step_(
+            self.steps_done + 1, size=group["lr"], keep=1 - group["lr"] * group["weight_decay"]
+        )
+        return None
+
+
+class MuonInPlace(TrainingMethod):
+    """Muon in place on the target layers of the [relora] section, AdamW on everything else."""
+
+    _muon: InPlaceMuon
+    _num_matrices: int
+
+    def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
+        """Return both optimizers as one: the matrices first."""
+        del phase
+        options, optim, seed = self.recipe.options, self.recipe.optim, self.recipe.run.seed
+        assert isinstance(options, InPlaceOptions)
+        layers = choose_targets(model, method_config(self.recipe)).layers
+        hidden = [layer.get_parameter("weight") for layer in layers.values()]
+        others = [p for p in model.parameters() if id(p) not in set(map(id, hidden))]
+        rest = rest_groups(
+            model, others, optim, lr=optim.lr if options.adamw_lr is None else options.adamw_lr
+        )
+        first = Group(params=hidden, lr=optim.lr, weight_decay=optim.weight_decay)
+        joint = JointOptimizer(
+            [
+                ([first.options()], lambda groups: InPlaceMuon(groups, model, layers, seed=seed)),
+                ([group.options() for group in rest], adamw_of(self.recipe, hidden[0].device)),
+            ]
+        )
+        (self._muon,) = (part for part in joint.parts if isinstance(part, InPlaceMuon))
+        self._num_matrices = sum(weight.numel() for weight in hidden)
+        return Optimizer(adamw=joint, peaks=tuple(group.lr for group in (first, *rest)))
+
+    def step_refused(self, step: int) -> None:
+        """Forget the step, and the momenta that it has gone into."""
+        self._muon.in_place.drop(step)
+
+    def after_step(self, step: int) -> RestartReport | None:
+        """Count it: what is rounded at random is a function of the step."""
+        self._muon.steps_done = step
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step."""
+        return {"step": self._muon.steps_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a step."""
+        self._muon.steps_done = int(state["step"])
+        self._muon.in_place.begin(self._muon.steps_done)
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many weights train without a gradient, which the parameters that train leave out."""
+        return {"parameters_in_place": self._num_matrices}
