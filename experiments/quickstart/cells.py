@@ -36,7 +36,8 @@ class Cell:
     @property
     def has_warm_start(self) -> bool:
         """Whether the run begins with a full-rank phase that others may share."""
-        return self.arm not in ("full", "full-muon", "relora-cold", "relora-columns", "relora-muon")
+        at_full_rank = ("full", "full-muon", "muon-in-place")
+        return self.arm not in (*at_full_rank, "relora-cold", "relora-columns", "relora-muon")
 
     @property
     def warm_start(self) -> tuple[float, float, int]:
@@ -121,6 +122,12 @@ def full_muon(lr: float, **cell: Any) -> Cell:
     return Cell(arm="full-muon", lr=lr, changes=changes, **cell)
 
 
+def in_place(lr: float, **cell: Any) -> Cell:
+    """Full rank by the step that `muon` takes on the complement: no factors, no gradient of the matrices."""
+    changes = {"run": {"method": "muon-in-place"}, "method": {"adamw_lr": PEAK}}
+    return Cell(arm="muon-in-place", lr=lr, changes=changes, **cell)
+
+
 def columns(lr: float, times: float, **cell: Any) -> Cell:
     """As `one_sided`, but lora_A selects inputs, and what Adam knows of a row is carried over restarts."""
     changes = {"relora": ONE_SIDED | COLUMNS, "optim": {"factor_lr": lr * times}}
@@ -186,6 +193,8 @@ CELLS = [
     *(muon(PEAK, 0.5, scale=5, rank=rank, rest=REST, stage="muon rank") for rank in (4, 16)),
     *(warm_muon(PEAK, 0.5, scale=scale, rest=REST, stage="muon warm") for scale in (5, 2.5)),
     *(full_muon(5e-3, rest=REST, stage="muon seeds", seed=seed) for seed in (1, 2)),
+    *(in_place(lr, rest=REST, stage="in place") for lr in (1e-2, 5e-3, 2e-2, 2.5e-3)),
+    *(in_place(1e-2, rest=REST, stage="in place seeds", seed=seed) for seed in (1, 2)),
     *(columns(PEAK, times, rest=REST, stage="columns") for times in (1, 2)),
     *(cold_columns(PEAK, 1, scale=0.5, rest=REST, stage="cold", seed=seed) for seed in (0, 1, 2)),
     *(cold_columns(PEAK, 1, scale=0.5, every=every, rest=REST, stage="every") for every in (100, 200)),
