@@ -14,6 +14,7 @@ from ranks import on_two_ranks
 from reference.beyond import majority, newton_schulz, unit_columns
 from relora import ConfigError
 from relora.method.in_place import InPlace
+from relora.train.fit import fit
 from tiny_run import tiny_recipe
 
 SIZE = 1e-2
@@ -97,6 +98,16 @@ def test_weights_move_by_their_orthogonalised_momentum(parts, layer_kind):
     assert (report.num_layers, report.moved_fraction) == (2, 1.0)
     trained.drop(3)
     assert not any(momentum.any() for momentum in momenta.values())
+
+
+def test_muon_in_place_counts_its_weights_and_their_two_bytes(tmp_path):
+    recipe = tiny_recipe(tmp_path, run={"method": "muon-in-place"})
+    summary = fit(recipe).summary
+    matrices = 2 * (4 * 24 * 24 + 3 * 24 * 40)
+    rest = summary["parameters_total"] - matrices
+    assert summary["parameters_trainable"] == summary["parameters_total"] > matrices
+    # AdamW's two float32 moments of the rest, with a step count a tensor.
+    assert summary["optimizer_bytes"] - 2 * matrices - 8 * rest in range(0, 100)
 
 
 def test_after_its_release_autograd_has_the_weights_again():

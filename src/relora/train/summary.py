@@ -43,7 +43,7 @@ def summarise(
         "steps": progress.step,
         "tokens": progress.tokens,
         "parameters_total": num_parameters(state.model),
-        "parameters_trainable": num_parameters(state.model, trainable=True),
+        "parameters_trainable": num_parameters(state.model, trainable=True) + state.method.num_in_place,
         "weight_bytes": sum(t.nbytes for t in (*state.model.parameters(), *state.model.buffers())),
         "optimizer_bytes": state_bytes(state.optimizer.adamw, state.model),
         **progress.evaluated,

@@ -75,6 +75,11 @@ class TrainingMethod:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
 
+    @property
+    def num_in_place(self) -> int:
+        """Weights that train although autograd has no gradient of them, at the end of a run."""
+        return 0
+
     def facts(self) -> dict[str, Any]:
         """Return what the summary of a finished run should say of the method, as JSON values."""
         return {}

@@ -103,6 +103,7 @@ class MuonInPlace(TrainingMethod):
         self._muon.steps_done = int(state["step"])
         self._muon.in_place.begin(self._muon.steps_done)
 
-    def facts(self) -> dict[str, Any]:
-        """Return how many weights train without a gradient, which the parameters that train leave out."""
-        return {"parameters_in_place": self._num_matrices}
+    @property
+    def num_in_place(self) -> int:
+        """All weights of the matrices."""
+        return self._num_matrices
