@@ -27,6 +27,7 @@ NAMES = {
     "relora-muon": "ReLoRA, Muon's step on the complement, from cold",
     "relora-muon-warm": "the same after the warm start",
     "full-muon": "full rank by Muon",
+    "muon-in-place": "full rank by Muon in place, 2 bytes a weight",
 }
 COLORS = {
     "lora": "#999999",
@@ -36,6 +37,7 @@ COLORS = {
     "relora-cold": "#7a4fa3",
     "relora-muon": "#c2255c",
     "full-muon": "#111111",
+    "muon-in-place": "#5c5f66",
 }
 
 

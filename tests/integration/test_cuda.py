@@ -38,6 +38,7 @@ POLICIES: dict[str, dict[str, dict[str, object]]] = {
     "checkpointed activations": {"train": {"gradient_checkpointing": True}},
     "full": {"run": {"method": "full"}},
     "full-muon": {"run": {"method": "full-muon"}},
+    "muon-in-place": {"run": {"method": "muon-in-place"}},
     "galore": {"run": {"method": "galore"}},
 }
 
@@ -48,7 +49,9 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_curve_is_the_cpu_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    recipe = tiny_recipe(tmp_path, **POLICIES[policy])
+    # At this rate each policy's curve lies further from the others' than GPU and CPU may from each other.
+    changes = {**POLICIES[policy], "optim": {"factor_lr": 5e-2, **POLICIES[policy].get("optim", {})}}
+    recipe = tiny_recipe(tmp_path, **changes)
     on_gpu = fit(recipe)
     assert on_gpu.summary["device"] == torch.cuda.get_device_name()
     metrics, restarts = lines(on_gpu.folder / "metrics.jsonl"), lines(on_gpu.folder / "restarts.jsonl")
@@ -57,7 +60,7 @@ def test_the_curve_is_the_cpu_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         on_cpu = fit(recipe, overwrite=True)
     assert on_cpu.summary["device"] == "cpu"
     for mine, other in zip(metrics, lines(on_cpu.folder / "metrics.jsonl"), strict=True):
-        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=5e-3), mine["step"]
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3), mine["step"]
     there = lines(on_cpu.folder / "restarts.jsonl")
     assert [line["step"] for line in restarts] == [line["step"] for line in there]
     assert all(not line["unmoved_layers"] for line in restarts)
@@ -79,6 +82,7 @@ def test_restarts_compile_nothing_anew(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()
+    torch.compiler.reset()
     result = fit(tiny_recipe(tmp_path, relora={**ONE_SIDED, "warm_start_steps": 0}, train={"compile": True}))
     assert result.summary["restarts"] == 5
     few = counters["stats"]["unique_graphs"]

@@ -1,4 +1,4 @@
-"""A phase at full rank without optimizer state: the right step, nothing kept, ranks alike."""
+"""Full rank without a gradient of the weight: the right step, nothing else kept, ranks alike."""
 
 import copy
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import relora.lab.methods  # noqa: F401 - their names
 from loops import batch, tiny_model
@@ -15,7 +16,10 @@ from reference.beyond import majority, newton_schulz, unit_columns
 from relora import ConfigError
 from relora.method.in_place import InPlace
 from relora.train.fit import fit
+from relora.train.methods import load_method
+from relora.train.phase import Plan
 from tiny_run import tiny_recipe
+from tiny_sizes import SIZES, VOCAB_SIZE
 
 SIZE = 1e-2
 SHAPES = {"up": (11, 7), "down": (9, 11)}
@@ -110,6 +114,58 @@ def test_muon_in_place_counts_its_weights_and_their_two_bytes(tmp_path):
     assert summary["optimizer_bytes"] - 2 * matrices - 8 * rest in range(0, 100)
 
 
+def muon_in_place(tmp_path, **optim):
+    """Return the method, a model, its optimizer, and what makes a backward pass of a step."""
+    plan = Plan(recipe=tiny_recipe(tmp_path, run={"method": "muon-in-place"}, optim=optim))
+    config = AutoConfig.for_model("llama", **SIZES)
+    torch.manual_seed(0)
+    method, model = load_method("muon-in-place")(plan), AutoModelForCausalLM.from_config(config)
+
+    def look(step):
+        ids = torch.randint(0, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    return method, model, method.build_optimizer(model, "full").adamw, look
+
+
+def momenta_of(optimizer):
+    return {p: state["momentum"] for p, state in optimizer.state.items() if "momentum" in state}
+
+
+def test_muon_in_place_steps_by_its_rate_and_decay(tmp_path):
+    method, model, optimizer, look = muon_in_place(tmp_path, lr=5e-3, weight_decay=0.5)
+    for step in (1, 2):
+        before = {p: p.detach().double().numpy() for p in model.parameters()}
+        optimizer.zero_grad()
+        look(step)
+        optimizer.step()
+        method.after_step(step)
+        moved = momenta_of(optimizer)
+        assert len(moved) == 14 and all(p.grad is None for p in moved)
+        for parameter, momentum in moved.items():
+            assert momentum.dtype == torch.bfloat16
+            direction = 0.2 * max(momentum.shape) ** 0.5 * newton_schulz(momentum.double().numpy())
+            wanted = (1 - 5e-3 * 0.5) * before[parameter] - 5e-3 * direction
+            np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_refused_step_costs_muon_in_place_its_momenta_and_says_so(tmp_path):
+    method, _, optimizer, look = muon_in_place(tmp_path)
+    look(1)
+    optimizer.step()
+    method.after_step(1)
+    assert all(momentum.any() for momentum in momenta_of(optimizer).values())
+    look(2)
+    assert method.step_refused(2) == "Muon's momenta begin anew"
+    method.after_step(2)
+    assert not any(momentum.any() for momentum in momenta_of(optimizer).values())
+
+
+def test_muon_in_place_does_not_compile(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.compile must be false"):
+        tiny_recipe(tmp_path, run={"method": "muon-in-place"}, train={"compile": True})
+
+
 def test_after_its_release_autograd_has_the_weights_again():
     model = tiny_model(torch.float64)
     trained = InPlace(model, {"up": model.up}, kind="sign")
@@ -170,7 +226,9 @@ def test_recipes_it_does_not_fit_are_refused(tmp_path, changes, complaint):
 
 def trained(rank, kind, world_size=2):
     model = tiny_model(torch.float64)
-    start = InPlace(model, {"up": model.up, "down": model.down}, kind=kind)
+    momenta = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    keeps = {"momentum": lambda weight: momenta[weight.name]} if kind == "muon" else {}
+    start = InPlace(model, {"up": model.up, "down": model.down}, kind=kind, **keeps)
     called = nn.parallel.DistributedDataParallel(model) if world_size == 2 else model
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in (1, 2, 3):
@@ -185,11 +243,11 @@ def trained(rank, kind, world_size=2):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["sign", "column"])
+@pytest.mark.parametrize("kind", ["sign", "column", "muon"])
 def test_two_ranks_are_one_process_with_both_micro_batches(kind):
     left, right = on_two_ranks(trained, kind)
     alone = trained(0, kind, world_size=1)
     for name, value in left.items():
         assert torch.equal(value, right[name])
-        # DDP means gradients, which halve what one process sums: signs and columns do not feel it.
+        # DDP means gradients, which halve what one process sums: no direction feels it.
         torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-3 if kind == "column" else 1e-9)

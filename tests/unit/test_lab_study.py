@@ -425,6 +425,21 @@ def test_tokens_of_the_table_count_a_shared_warm_start_once_as_the_dry_run_does(
     assert f"; {listed['tokens'] / 1e6:.1f} M tokens in all" in markdown(results_of(rows))
 
 
+def test_devices_and_versions_of_the_cells_are_said_and_a_mixture_is_cautioned():
+    here = {"device": "cpu", "versions": {"torch": "2.13"}}
+    there = {"device": "GPU X", "versions": {"torch": "2.11"}}
+    alike = results_of([final("full", 0, 2.0) | here, final("full", 1, 2.2) | here])
+    assert ", cpu, torch 2.13. " in markdown(alike)
+    assert not any("different devices" in caution for caution in cautions(alike))
+    mixed = results_of([final("full", 0, 2.0) | here, final("full", 1, 2.2) | there])
+    assert ", GPU X, cpu, torch 2.11 and 2.13. " in markdown(mixed)
+    assert any("different devices (GPU X, cpu)" in caution for caution in cautions(mixed))
+    untold = results_of([final("full", 0, 2.0), final("full", 1, 2.2) | there])
+    assert any("different devices (GPU X, not recorded)" in caution for caution in cautions(untold))
+    silent = results_of([final("full", 0, 2.0), final("full", 1, 2.2)])
+    assert ", torch 2. " in markdown(silent)
+
+
 def test_axis_that_the_recipe_won_is_told_as_such():
     axes = {"optim.lr": [1, 2], "relora.alpha": [4.0, 16.0]}
     cells = [sweep("full", 1, 3.0), sweep("full", 2, 2.5)]

@@ -141,6 +141,7 @@ def summary() -> dict[str, object]:
         "restarts": 2,
         "world_size": 1,
         "strategy": "single",
+        "device": "Tensor Engine 9",
         "versions": {"relora": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         "switch": {"step": WARM, "eval/loss": switch, "eval/perplexity": math.exp(switch)},
         "ranks": {"one_cycle": 32, "learned": 91.0, "effective": 40.25, "largest": 192},

@@ -77,7 +77,10 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
     if earlier:
         found.append(f"{earlier} cells were kept from earlier starts, perhaps elsewhere: compare no speeds")
     if len(devices := _devices(results)) > 1:
-        found.append(f"cells ran on different devices ({', '.join(devices)}): compare no speeds, no memory")
+        found.append(
+            f"cells ran on different devices ({', '.join(devices)}): compare no speeds and no memory, and no "
+            "losses closer than a few thousandths"
+        )
     few = sorted({line.arm for line in lines if 0 < len(line.cells) < 3})
     if few:
         found.append(f"fewer than 3 seeds: {', '.join(few)}")
@@ -127,14 +130,22 @@ def how_made(results: Mapping[str, Any]) -> str:
     return (
         f"{tuning}{final} final runs with seeds {', '.join(map(str, study['seeds']))}, measured on the "
         f"held-out split; {tokens / 1e6:.1f} M tokens in all, {machine['threads_per_cell']} threads a run"
-        f"{''.join(f', {name}' for name in _devices(results))}, torch {results['versions']['torch']}. "
+        f"{''.join(f', {name}' for name in _devices(results))}, torch {_torch(results)}. "
         "Differences are paired by seed; their intervals are Student's t."
     )
 
 
 def _devices(results: Mapping[str, Any]) -> list[str]:
-    """Return what the cells ran on, as far as they tell."""
-    return sorted({str(cell["device"]) for cell in results["cells"] if cell.get("device")})
+    """Return what the finished cells ran on; nothing where none of them tells."""
+    finished = [cell for cell in results["cells"] if cell["status"] == "finished"]
+    found = {cell.get("device") for cell in finished}
+    return sorted(name or "not recorded" for name in found) if any(found) else []
+
+
+def _torch(results: Mapping[str, Any]) -> str:
+    """Return the versions of torch that the cells ran with, or where none tells that of the study."""
+    told = {cell["versions"]["torch"] for cell in results["cells"] if cell.get("versions")}
+    return " and ".join(sorted(told)) or str(results["versions"]["torch"])
 
 
 def _tokens_trained(cell: Mapping[str, Any]) -> int:

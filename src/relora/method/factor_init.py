@@ -45,6 +45,8 @@ class FactorInit:
     """Returns a float32 tensor of shape (rank, in_features), on the CPU or the draw's device."""
     rms: Callable[[int], float]
     """in_features -> expected root mean square of an entry."""
+    is_made_on_device: bool = False
+    """Whether a GPU's linear algebra has a part in it, whose last bits are the GPU's own."""
     needs_gradient: bool = False
     """Whether a restart replaces the draw by rows made of the base's gradient, where a layer has one."""
 
@@ -77,7 +79,7 @@ def orthonormal_rows(gaussian: Tensor) -> Tensor:
     Returns:
         (rank, in_features) float32 on the same device; made on the CPU if G^T G is singular in float64.
     """
-    columns, failures = gaussian.double(), []
+    columns, failures = gaussian.to(torch.float64, copy=True), []
     for _ in range(2):  # once leaves errors of eps cond(G)^2
         lower, failure = torch.linalg.cholesky_ex(columns.T @ columns)
         failures.append(failure)
@@ -110,9 +112,11 @@ def _orthonormal_rms(in_features: int) -> float:
 
 FACTOR_INITS: dict[str, FactorInit] = {
     "kaiming": FactorInit(draw=_kaiming, rms=lambda in_features: 1 / math.sqrt(3 * in_features)),
-    "orthonormal": FactorInit(draw=_orthonormal, rms=_orthonormal_rms),
+    "orthonormal": FactorInit(draw=_orthonormal, rms=_orthonormal_rms, is_made_on_device=True),
     "cover": FactorInit(draw=_cover, rms=_orthonormal_rms),
     "columns": FactorInit(draw=_columns, rms=_orthonormal_rms),
     # Random rows at injection, and where no gradient was seen; module `gradient_init` has the rest.
-    "gradient": FactorInit(draw=_orthonormal, rms=_orthonormal_rms, needs_gradient=True),
+    "gradient": FactorInit(
+        draw=_orthonormal, rms=_orthonormal_rms, is_made_on_device=True, needs_gradient=True
+    ),
 }

@@ -2,11 +2,15 @@
 
     W <- (1 - lr * decay) W - lr * scale * D,    D of RMS 1 at most, as for `residual`
 
-of G = g^T x, the whole gradient of the layer's weight. The weights are frozen for autograd, so there is
-no gradient of them: from a layer's backward to the step 1 ("sign") or 2 bytes a weight ("column") are held,
-made a block of rows at a time, and no state; with "muon" a momentum of 2 bytes from step to step, and nothing
-beside it. Under torch.distributed those are summed over ranks; DistributedDataParallel, which must be built
-after this, knows nothing of the weights. Eager mode only, as everything that observes.
+of G = g^T x, the whole gradient of the layer's weight. The weights are frozen for autograd, so there is no
+gradient of them. In its place is held, made a block of rows at a time and summed over ranks:
+
+    "sign"      1 byte a weight, from a layer's backward to the step
+    "column"    2 bytes a weight, likewise
+    "muon"      2 bytes a weight from step to step, the momentum, and nothing else
+
+DistributedDataParallel, which must be built after this, knows nothing of the weights. Eager mode only, as
+everything that observes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +32,7 @@ _BLOCK_ENTRIES = 1 << 22
 class PlainWeight:
     """The weight of a plain linear layer (or a transposed `Conv1D`), (out_features, in_features)."""
 
-    def __init__(self, name: str, layer: nn.Module, momentum: "MomentumOf | None" = None) -> None:
+    def __init__(self, name: str, layer: nn.Module, *, momentum: "MomentumOf | None" = None) -> None:
         self.name, self.layer = name, layer
         self.weight = layer.get_parameter("weight")
         self._momentum = momentum
@@ -85,7 +89,7 @@ class InPlace:
     Args:
         model: The model, not compiled.
         layers: Plain linear layers of it, by full name; no biases are touched.
-        kind: Of RESIDUALS.
+        kind: One of RESIDUALS.
         momentum: For a kind that keeps one.
         seed: Of what is rounded at random, with the step and the layer's name.
 
@@ -105,7 +109,7 @@ class InPlace:
         assert RESIDUALS[kind].keeps_momentum == (momentum is not None)
         refuse_compiled(model, f"training by {kind!r} steps in place")
         self._kind, self._seed = kind, seed
-        self._weights = [PlainWeight(name, layer, momentum) for name, layer in layers.items()]
+        self._weights = [PlainWeight(name, layer, momentum=momentum) for name, layer in layers.items()]
         for weight in self._weights:
             if weight.weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
@@ -127,6 +131,8 @@ class InPlace:
 
     def begin(self, steps_done: int) -> None:
         """Begin the step after so many; what was seen since the last begins is seen no more."""
+        for observer in self._observers.values():
+            observer.close()
         residual = RESIDUALS[self._kind]
         self._observers = {
             weight.layer: GradientObserver(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm as norm
 
 from relora.errors import ConfigError, NonFiniteError
+from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.ranks import take_from_first_rank_
 
@@ -94,7 +95,8 @@ def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> N
     for layer in layers:
         layer.reinit_(seed=seed, restart_index=restart_index)
     # Ranks draw the same numbers; whether a GPU's linear algebra has the same bits is not left to chance.
-    take_from_first_rank_([layer.lora_A.detach() for layer in layers if layer.lora_A.is_cuda])
+    made_there = [layer for layer in layers if FACTOR_INITS[layer.config.factor_init].is_made_on_device]
+    take_from_first_rank_([layer.lora_A.detach() for layer in made_there if layer.lora_A.is_cuda])
 
 
 @torch.no_grad()

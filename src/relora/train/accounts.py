@@ -6,7 +6,7 @@ from relora.train.evaluate import evaluate
 from relora.train.guard import Guard
 from relora.train.loss import TokenLoss
 from relora.train.parallel import Processes
-from relora.train.phase import Plan, momenta
+from relora.train.phase import Plan
 from relora.train.plateau import take_loss_
 from relora.train.precision import Resolved
 from relora.train.reporting import Reporter
@@ -41,9 +41,9 @@ class Accounts:
         """
         progress = self._progress
         if not result.is_applied:
-            lost = "; the complement's momentum begins anew" if momenta(self._state.model) else ""
-            self._reporter.say(f"{self._guard.step_not_finite(step, result)}{lost}")
-            self._state.method.step_refused(step)
+            said = self._guard.step_not_finite(step, result)
+            lost = self._state.method.step_refused(step)
+            self._reporter.say(f"{said}; {lost}" if lost else said)
             return
         progress.nonfinite_in_row = 0
         progress.loss_sum += result.loss

@@ -27,7 +27,7 @@ from relora.method.targets import choose_targets
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName
 from relora.train.joint import parts_of
-from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config
+from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config, momenta
 
 
 class TrainingMethod:
@@ -60,8 +60,14 @@ class TrainingMethod:
     def after_backward(self, step: int) -> None:
         """See, and change, the gradients of a step before they are clipped."""
 
-    def step_refused(self, step: int) -> None:
-        """Take note that a step was not finite and so not taken; `after_step` follows all the same."""
+    def step_refused(self, step: int) -> str:
+        """Take note that a step was not finite and so not taken; `after_step` follows all the same.
+
+        Returns:
+            What it costs besides the step, in words; "" for nothing.
+        """
+        del step
+        return ""
 
     def after_step(self, step: int) -> RestartReport | None:
         """Do what follows the update of a step; return the report of a restart if there was one."""
@@ -107,10 +113,10 @@ class LowRank(TrainingMethod):
             self.warm_start = None
         return str(inject_factors(model, self.recipe))
 
-    def step_refused(self, step: int) -> None:
+    def step_refused(self, step: int) -> str:
         """Remember it, so that what was observed of the step moves nothing."""
-        del step
         self._was_taken = False
+        return super().step_refused(step)
 
     def after_step(self, step: int) -> RestartReport | None:
         """Move what a warm start without optimizer state trains."""
@@ -132,6 +138,7 @@ class Restarting(LowRank):
     """Factors that are merged and begun anew at the ends of cycles."""
 
     restarter: ReLoRA | None = None
+    _keeps_momentum = False
 
     def attach(self, model: nn.Module, optimizer: TorchOptimizer) -> None:
         """Make what restarts an injected model; before the switch there is none."""
@@ -144,6 +151,12 @@ class Restarting(LowRank):
             end=self.recipe.total_steps,
             last_restart=self.plan.last_restart,
         )
+        self._keeps_momentum = bool(momenta(model))
+
+    def step_refused(self, step: int) -> str:
+        """As `LowRank`; and the complement's momentum, which the step has gone into, is forgotten."""
+        super().step_refused(step)
+        return "the complement's momentum begins anew" if self._keeps_momentum else ""
 
     def after_step(self, step: int) -> RestartReport | None:
         """Restart at the end of a cycle.

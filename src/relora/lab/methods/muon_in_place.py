@@ -15,10 +15,11 @@ from torch.optim import Optimizer as TorchOptimizer
 from relora.lab.methods.options import InPlaceOptions
 from relora.train.groups import Group, PhaseName, rest_groups
 from relora.train.joint import JointOptimizer
-from relora.train.method_parts import InPlace, PlainWeight, RestartReport, choose_targets
+from relora.train.method_parts import RESIDUALS, InPlace, PlainWeight, RestartReport, choose_targets
 from relora.train.phase import Optimizer, adamw_of, method_config
 from relora.train.training_method import TrainingMethod
 
+_KIND = "muon"
 _STATE = "momentum"
 
 
@@ -37,13 +38,14 @@ class InPlaceMuon(TorchOptimizer):
     ) -> None:
         super().__init__(groups, {})
         self.steps_done = 0
-        self.in_place = InPlace(model, layers, kind="muon", momentum=self._momentum, seed=seed)
+        self.in_place = InPlace(model, layers, kind=_KIND, momentum=self._momentum, seed=seed)
 
     def _momentum(self, weight: PlainWeight) -> Tensor:
         state = self.state[weight.weight]
         if not state:
             shape = (weight.out_features, weight.in_features)
-            state[_STATE] = torch.zeros(shape, dtype=torch.bfloat16, device=weight.weight.device)
+            dtype = RESIDUALS[_KIND].dtype(weight.weight.dtype)
+            state[_STATE] = torch.zeros(shape, dtype=dtype, device=weight.weight.device)
         momentum: Tensor = state[_STATE]
         return momentum
 
@@ -85,9 +87,10 @@ class MuonInPlace(TrainingMethod):
         self._num_matrices = sum(weight.numel() for weight in hidden)
         return Optimizer(adamw=joint, peaks=tuple(group.lr for group in (first, *rest)))
 
-    def step_refused(self, step: int) -> None:
+    def step_refused(self, step: int) -> str:
         """Forget the step, and the momenta that it has gone into."""
         self._muon.in_place.drop(step)
+        return "Muon's momenta begin anew"
 
     def after_step(self, step: int) -> RestartReport | None:
         """Count it: what is rounded at random is a function of the step."""
