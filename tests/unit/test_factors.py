@@ -75,7 +75,7 @@ def test_rows_made_as_on_a_gpu_are_the_cpu_s(in_features: int, rank: int) -> Non
 
 def test_a_gaussian_that_cholesky_cannot_factor_goes_the_cpu_s_way() -> None:
     gaussian = torch.empty(7, 3).normal_(generator=torch.Generator().manual_seed(0))
-    gaussian[:, 1] = 0  # no draw has that, and there are no such rows: what matters is that it is the CPU's answer
+    gaussian[:, 1] = 0  # which no draw has: that it is the CPU's answer is what matters
     columns, triangle = torch.linalg.qr(gaussian)
     assert torch.equal(orthonormal_rows(gaussian), (columns * triangle.diagonal().sign()).T)
 

@@ -23,7 +23,7 @@ from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint
 
 # Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer are less
 # than the layer itself. A block has this many entries at least, so that a small layer's time is not all
-# Python's; its copies are about a megabyte at most. A GPU has larger ones, of 32 megabytes a copy: such a
+# Python's; its copies are about a megabyte at most. A GPU has larger ones, of 32 megabytes a copy: a small
 # block would keep it busy for less time than it takes to ask.
 _BLOCKS = 32
 _LEAST_BLOCK_ENTRIES = 3 << 12
