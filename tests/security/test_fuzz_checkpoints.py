@@ -137,7 +137,7 @@ def test_forged_manifests_states_and_headers_are_refused_in_words_or_load(
     refused = 0
     with reached.tracing(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        for number in range(600):
+        for number in range(900):
             if number % 3 == 0:
                 case = {**files, "manifest.json": digest_of(mutated_json(manifest, chance), loose=True)}
             elif number % 3 == 1:
