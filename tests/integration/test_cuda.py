@@ -77,6 +77,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, policy: str, precision:
     assert_same_run(fit(recipe).folder, whole.folder)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # products stay in float32 here
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile's, torch 2.11
 def test_restarts_compile_nothing_anew(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
