@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
+from relora.lab.methods.muon import beside_adamw
 from relora.lab.methods.options import InPlaceOptions
-from relora.train.groups import Group, PhaseName, rest_groups
-from relora.train.joint import JointOptimizer
+from relora.train.groups import PhaseName
+from relora.train.joint import parts_of
 from relora.train.method_parts import RESIDUALS, InPlace, PlainWeight, RestartReport, choose_targets
-from relora.train.phase import Optimizer, adamw_of, method_config
+from relora.train.phase import Optimizer, method_config
 from relora.train.training_method import TrainingMethod
 
 _KIND = "muon"
@@ -68,24 +69,19 @@ class MuonInPlace(TrainingMethod):
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """Return both optimizers as one: the matrices first."""
         del phase
-        options, optim, seed = self.recipe.options, self.recipe.optim, self.recipe.run.seed
+        options, seed = self.recipe.options, self.recipe.run.seed
         assert isinstance(options, InPlaceOptions)
         layers = choose_targets(model, method_config(self.recipe)).layers
-        hidden = [layer.get_parameter("weight") for layer in layers.values()]
-        others = [p for p in model.parameters() if id(p) not in set(map(id, hidden))]
-        rest = rest_groups(
-            model, others, optim, lr=optim.lr if options.adamw_lr is None else options.adamw_lr
+        optimizer = beside_adamw(
+            model,
+            self.recipe,
+            layers,
+            by=lambda groups: InPlaceMuon(groups, model, layers, seed=seed),
+            adamw_lr=options.adamw_lr,
         )
-        first = Group(params=hidden, lr=optim.lr, weight_decay=optim.weight_decay)
-        joint = JointOptimizer(
-            [
-                ([first.options()], lambda groups: InPlaceMuon(groups, model, layers, seed=seed)),
-                ([group.options() for group in rest], adamw_of(self.recipe, hidden[0].device)),
-            ]
-        )
-        (self._muon,) = (part for part in joint.parts if isinstance(part, InPlaceMuon))
-        self._num_matrices = sum(weight.numel() for weight in hidden)
-        return Optimizer(adamw=joint, peaks=tuple(group.lr for group in (first, *rest)))
+        (self._muon,) = (part for part in parts_of(optimizer.adamw) if isinstance(part, InPlaceMuon))
+        self._num_matrices = sum(layer.get_parameter("weight").numel() for layer in layers.values())
+        return optimizer
 
     def step_refused(self, step: int) -> str:
         """Forget the step, and the momenta that it has gone into."""
