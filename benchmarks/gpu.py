@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from torch import nn
 from training import METHODS, Stepper, restarter, token_batch
 from transformers import LlamaForCausalLM
 
+from relora import ReLoRAConfig
 from relora.log.jsonl import read_jsonl
 from relora.train.architecture import PAPER_VOCAB_SIZE, llama_config
 from relora.train.config import Recipe
@@ -166,11 +167,11 @@ def curve(
         }
         settings["run"] = {"method": "relora" if trained == "beyond" else trained, "out": folder}
         if trained == "beyond":
-            settings["relora"] = {
-                **{"factors": "B", "scaling_rule": "matched", "reset": "none", "residual": "muon"},
-                **{"residual_scale": 5.0, "warm_start_steps": 0, "restart_every": min(50, steps)},
-            }
-            settings["optim"] = {"factor_lr": load_recipe(recipe).optim.lr / 2}
+            plain = load_recipe(recipe)
+            preset = asdict(ReLoRAConfig.beyond(rank=plain.relora.rank))
+            preset["restart_every"] = min(preset["restart_every"], steps)
+            settings["relora"] = {**preset, "warm_start_steps": 0}
+            settings["optim"] = {"factor_lr": plain.optim.lr / 2}
             settings["schedule"]["rewarmup_steps"] = 0
         result = fit(load_recipe(recipe, settings))
         kept = ("tokens", "wall_s", "tokens_per_s", "peak_memory_bytes", "restarts", "eval/loss", "precision")
