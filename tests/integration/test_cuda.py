@@ -92,7 +92,7 @@ def test_restarts_compile_nothing_anew(tmp_path: Path) -> None:
     once = tiny_recipe(
         tmp_path,
         run={"out": str(tmp_path / "once")},
-        relora={**ONE_SIDED, "warm_start_steps": 0, "restart_every": 100},
+        relora={**ONE_SIDED, "warm_start_steps": 0, "restart_every": 12},
         train={"compile": True},
     )
     assert fit(once).summary["restarts"] == 0

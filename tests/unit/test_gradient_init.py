@@ -77,6 +77,15 @@ def test_micro_batches_add_up_to_the_whole_gradient():
         np.testing.assert_allclose(np.abs(rows @ whole.T), np.eye(4), atol=1e-3)
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_the_sign_of_a_row_is_not_left_to_the_linear_algebra(mix):
+    gradient = random_gradient(40, 30, decay=1.0)
+    rows, _ = rows_of(gradient, rank=6, mix=mix)
+    negated, _ = rows_of(-gradient, rank=6, mix=mix)
+    np.testing.assert_allclose(negated, rows, atol=1e-6)
+    assert (rows[np.arange(6), np.abs(rows).argmax(axis=1)] > 0).all()
+
+
 @pytest.mark.parametrize(("mix", "kept"), [(0.0, 8), (0.25, 6), (0.5, 4), (1.0, 0)])
 def test_init_mix_is_the_fraction_of_rows_that_are_random(mix, kept):
     gradient = random_gradient(96, 64, decay=1.0)

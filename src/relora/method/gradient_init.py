@@ -96,7 +96,16 @@ class Sketch:
         top = right[:kept] @ basis.T
         gaussian = torch.empty(config.rank - kept, self.layer.in_features, dtype=torch.float32, device="cpu")
         gaussian.normal_(generator=derived_generator(*self._key, "exploration"))
-        return torch.cat([top, _orthonormal_beside(gaussian.to(top), top)]), kept
+        return _with_signs(torch.cat([top, _orthonormal_beside(gaussian.to(top), top)])), kept
+
+
+def _with_signs(rows: Tensor) -> Tensor:
+    """Turn each row so that its largest entry is positive, a sign that SVD and QR leave to the library.
+
+    With `reset="none"` lora_B's moments go on beside the new rows, so that the sign matters.
+    """
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    return rows * largest.sign()
 
 
 def _orthonormal_beside(rows: Tensor, taken: Tensor) -> Tensor:
