@@ -14,7 +14,7 @@ from relora.lab.choice import Tried, beyond, choose
 from relora.lab.compare import dry_run
 from relora.lab.gather import thinned
 from relora.lab.plan import Outcome, Planner, predicted, wanted_cells
-from relora.lab.processes import start
+from relora.lab.processes import Launcher, start
 from relora.lab.results import arm_results
 from relora.lab.statistics import paired_difference, spread, t_quantile
 from relora.lab.study import Budget, recipe_fields
@@ -510,9 +510,11 @@ def test_a_failure_is_not_told_in_the_words_of_an_earlier_attempt(tmp_path):
     files = files_of_a_cell(tmp_path)
     files.beside(".log").write_text("relora: shard 3 is damaged\n")
     # An interpreter without its library ends at once.
-    running = start(files.cell, threads=1, environment={"PYTHONHOME": str(tmp_path)}, donors=[])
+    launcher = Launcher(threads=1, environment={"PYTHONHOME": str(tmp_path)})
+    running = start(files.cell, launcher=launcher, donors=[])
     while (outcome := running.poll()) is None:
         os.sched_yield()
+    launcher.close()
     assert "exit code" in outcome.failure and "shard 3" not in outcome.failure
     assert "shard 3" in files.beside(".log").read_text()
 
@@ -528,6 +530,6 @@ def test_a_cell_that_another_study_finished_before_the_lock_was_ours_is_not_star
     files = files_of_a_cell(tmp_path)
     files.run.mkdir()
     (files.run / "summary.json").write_text('{"eval/loss": 2.5}')
-    running = start(files.cell, threads=1, environment={}, donors=[])
+    running = start(files.cell, launcher=Launcher(threads=1, environment={}), donors=[])
     assert not running.is_ours and not files.beside(".log").exists()
     assert running.poll() == Outcome(loss=2.5)

@@ -1,4 +1,4 @@
-"""One cell's training as a process of its own: a `relora train` like any other, with so many threads."""
+"""One cell's training as a process of its own: what `relora train` is, with so many threads."""
 
 import os
 import signal
@@ -8,10 +8,68 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from relora.lab.cell_files import CellFiles, try_lock
+from relora.lab.forks import ForkServer
 from relora.lab.plan import Outcome
 from relora.lab.study import Cell
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+class Started(Protocol):
+    """A process: one of `subprocess`, or a fork of another."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, minus the signal's number where one ended it; None while it runs."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send it a signal; one that has ended is left alone."""
+
+
+class Launcher:
+    """Starts `relora` commands.
+
+    On Linux they are forks of one process that has imported what they need (`relora.lab.fork_server`);
+    elsewhere each begins by itself. They do not end with us: a study that is killed leaves them running.
+
+    Args:
+        threads: For the arithmetic of each.
+        environment: Of the processes, threads aside.
+    """
+
+    def __init__(self, *, threads: int, environment: Mapping[str, str]) -> None:
+        self._environment = {**environment, **dict.fromkeys(_THREADS, str(threads))}
+        self._forks = ForkServer(self._interpreter) if sys.platform == "linux" else None
+
+    def start(self, words: list[str], *, log: int, lock: int) -> Started:
+        """Start a command in a session of its own.
+
+        Args:
+            words: Verb and arguments.
+            log: Descriptor of a file that takes what it says.
+            lock: Descriptor that it holds as long as it or a child of it runs.
+        """
+        if self._forks is not None:
+            return self._forks.start(words, log=log, lock=lock)
+        return self._interpreter(["relora", *words], log=log, descriptors=(lock,))
+
+    def close(self) -> None:
+        """Start nothing more; what runs, runs on."""
+        if self._forks is not None:
+            self._forks.close()
+
+    def _interpreter(
+        self, module: list[str], *, log: int, descriptors: tuple[int, ...]
+    ) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", *module],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # Ctrl-C reaches the study alone, which asks each process once.
+            start_new_session=True,
+            pass_fds=descriptors if os.name == "posix" else (),
+        )
 
 
 class RunningCell(Protocol):
@@ -34,29 +92,19 @@ class TrainingProcess:
     Args:
         files: The cell's.
         lock: Descriptor of its lock, which the process inherits.
-        threads: For its arithmetic.
-        environment: Of the process, threads aside.
+        launcher: Starts it.
     """
 
     is_ours = True
 
-    def __init__(self, files: CellFiles, *, lock: int, threads: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, files: CellFiles, *, lock: int, launcher: Launcher) -> None:
         self.files = files
         self._lock = lock
         self._asked = False
-        command = [sys.executable, "-m", "relora", "train", str(files.write_recipe())]
+        words = ["train", str(files.write_recipe())]
         with files.beside(".log").open("ab") as log:
             self._log_start = log.tell()
-            # A session of its own: Ctrl-C reaches the study alone, which asks each process once.
-            self._process = subprocess.Popen(
-                command,
-                env={**environment, **dict.fromkeys(_THREADS, str(threads))},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=(lock,) if os.name == "posix" else (),
-            )
+            self._process = launcher.start(words, log=log.fileno(), lock=lock)
 
     def poll(self) -> Outcome | None:
         """Return how it ended, or None while it trains."""
@@ -93,15 +141,12 @@ class ForeignCell:
         """Leave it alone: it is not ours."""
 
 
-def start(
-    cell: Cell, *, threads: int, environment: Mapping[str, str], donors: Iterable[CellFiles]
-) -> RunningCell:
+def start(cell: Cell, *, launcher: Launcher, donors: Iterable[CellFiles]) -> RunningCell:
     """Train a cell, or watch the process that already does; one that has ended meanwhile is not run again.
 
     Args:
         cell: To train.
-        threads: For its arithmetic.
-        environment: Of the process, threads aside.
+        launcher: Starts its process.
         donors: Cells whose warm start it may begin from.
     """
     files = CellFiles(cell)
@@ -112,4 +157,4 @@ def start(
         os.close(lock)
         return ForeignCell(files)
     files.share_warm_start(donors)
-    return TrainingProcess(files, lock=lock, threads=threads, environment=environment)
+    return TrainingProcess(files, lock=lock, launcher=launcher)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from relora.errors import DataError
 from relora.lab.cell_files import CellFiles
 from relora.lab.gather import earlier_outcomes, ended
 from relora.lab.plan import Outcome, Planner, WorkPlan, predicted
-from relora.lab.processes import RunningCell, start
+from relora.lab.processes import Launcher, RunningCell, start
 from relora.lab.study import Cell, Study
 from relora.lab.texts import StudyTexts
 from relora.report.run import last_record
@@ -84,7 +84,8 @@ class Runner:
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
         self._study, self._folder = study, folder
-        self._num_slots, self._threads, self._environment = num_slots, threads, environment
+        self._num_slots = num_slots
+        self._launcher = Launcher(threads=threads, environment=environment)
         self._observer, self._requests = observer, requests
         self._is_wanted = is_wanted
         self._planner = Planner(study, folder / "cells")
@@ -101,6 +102,10 @@ class Runner:
             ConfigError: if cells of the study were trained on another text.
             DataError: if a text of the study cannot be prepared.
         """
+        with closing(self._launcher):
+            return self._run()
+
+    def _run(self) -> StudyRun:
         cells = self._wanted(predicted(self._study, self._folder / "cells"))
         self._observer.begin(**_amount(cells))
         # Once, instead of by each process, all but one of them waiting.
@@ -158,9 +163,8 @@ class Runner:
                 return
             if cell.name in self._outcomes or cell.name in self._running or not self._may_begin(cell, plan):
                 continue
-            self._running[cell.name] = start(
-                cell, threads=self._threads, environment=self._environment, donors=self._kin(cell, plan)
-            )
+            donors = self._kin(cell, plan)
+            self._running[cell.name] = start(cell, launcher=self._launcher, donors=donors)
             self._observer.started(cell)
 
     def _may_begin(self, cell: Cell, plan: WorkPlan) -> bool:
