@@ -1,4 +1,4 @@
-"""Our side of `relora.lab.fork_server`: ask for forks of a process, and hear how each ends."""
+"""Our side of `relora.cli.fork_server`: ask for forks of a process, and hear how each ends."""
 
 import json
 import os
@@ -122,6 +122,6 @@ class ForkServer:
         if self._running is None:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with its:
-                module = ["relora.lab.fork_server", str(its.fileno())]
+                module = ["relora.cli.fork_server", str(its.fileno())]
                 self._running = ours, self._interpreter(module, log=log, descriptors=(its.fileno(),))
         return self._running[0]

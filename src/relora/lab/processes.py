@@ -28,7 +28,7 @@ class Started(Protocol):
 class Launcher:
     """Starts `relora` commands.
 
-    On Linux they are forks of one process that has imported what they need (`relora.lab.fork_server`);
+    On Linux they are forks of one process that has imported what they need (`relora.cli.fork_server`);
     elsewhere each begins by itself. They do not end with us: a study that is killed leaves them running.
 
     Args:

@@ -1,4 +1,4 @@
-"""`python -m relora.lab.fork_server FD`: `relora` commands as forks of a process that has what they import.
+"""`python -m relora.cli.fork_server FD`: `relora` commands as forks of a process that has what they import.
 
 Cells of small studies train for seconds, and importing torch and transformers takes as long. This process
 imports them once, computes nothing and touches no GPU, so that a fork of it begins where a new interpreter
@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from relora.cli.main import main as run
+
 _POLL_S = 0.05
 _MESSAGE_BYTES = 1 << 16
 _NEEDED = (
-    "relora.cli.main",
     "relora.cli.train",
     "relora.lab.methods",
     "relora.report.page",
@@ -87,8 +88,7 @@ def main(words: Sequence[str]) -> int:
         command = serve(requests)
     if command is None:
         return 0
-    code: int = import_module("relora.cli.main").main(command)
-    return code
+    return run(command)
 
 
 if __name__ == "__main__":
