@@ -32,7 +32,7 @@ def record(folder: Path) -> dict[str, Any]:
     """Train the run and return its curve, and on what it was trained."""
     recipe = tiny_recipe(
         folder,
-        relora={"rank": 4, "restart_every": 15, "warm_start_steps": 25, "dropout": 0.05},
+        relora={"rank": 4, "init": "kaiming", "restart_every": 15, "warm_start_steps": 25, "dropout": 0.05},
         schedule={"warmup_steps": 10, "rewarmup_steps": 3},
         train={"steps": 100},
         eval={"every": 25, "sequences": 16},

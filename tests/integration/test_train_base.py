@@ -47,5 +47,5 @@ def test_a_run_resumes_bit_for_bit_and_exports_its_exact_weights(
 
 def saved_delta(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     lora_A, lora_B = (tensors[f"{name}.lora_{side}"].double() for side in "AB")
-    # "matched" with Kaiming rows: sqrt(3 in / rank).
-    return (3 * lora_A.shape[1] / lora_A.shape[0]) ** 0.5 * lora_B @ lora_A
+    # "matched" with orthonormal rows: sqrt(in / rank).
+    return (lora_A.shape[1] / lora_A.shape[0]) ** 0.5 * lora_B @ lora_A

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "reset_ratio": 0.99,
     "reset_mask": "coupled",
     "reset_step_count": False,
-    "init": "kaiming",
+    "init": "orthonormal",
     "init_mix": 0.0,
     "residual": "none",
     "residual_scale": 1.0,

@@ -33,11 +33,11 @@ R3 = ReLoRAConfig(rank=3)
 
 
 @pytest.mark.parametrize(("in_features", "out_features", "rank"), [(5, 7, 3), (7, 5, 4), (96, 64, 24)])
-def test_factors_have_their_shapes_and_start_at_zero_and_kaiming(
+def test_factors_have_their_shapes_and_start_at_zero_and_within_kaiming_s_bound(
     in_features: int, out_features: int, rank: int
 ) -> None:
     layer = linear(in_features, out_features)
-    inject(layer, ReLoRAConfig(rank=rank))
+    inject(layer, ReLoRAConfig(rank=rank, init="kaiming"))
     assert isinstance(layer, LoRALinear)
     assert layer.lora_A.shape == (rank, in_features) and layer.lora_B.shape == (out_features, rank)
     assert layer.lora_B.count_nonzero() == 0
@@ -49,7 +49,7 @@ def test_factors_have_their_shapes_and_start_at_zero_and_kaiming(
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_orthonormal_factors_have_orthonormal_rows(kind: str) -> None:
-    for config in (ReLoRAConfig(rank=4, factors="B"), ReLoRAConfig(rank=4, init="orthonormal")):
+    for config in (ReLoRAConfig(rank=4), ReLoRAConfig(rank=4, factors="B", init="kaiming")):
         layer = LAYER_KINDS[kind](9, 7)
         inject(layer, config)
         assert isinstance(layer, LoRALinear)

@@ -57,12 +57,12 @@ class ReLoRAConfig:
     """"coupled": one mask for all moments of a tensor; "separate": one each, as in the authors' code."""
     reset_step_count: bool = False
     """Also set the optimizer's step count of the factors to 0, which restores Adam's bias correction."""
-    init: FactorInit = "kaiming"
-    """How a new lora_A is drawn: "kaiming" (uniform, a = sqrt 5); "orthonormal" rows; "cover", orthonormal
-    blocks that cover the input space once a sweep; "columns", likewise with rows that each select one input,
-    so that lora_B is the change of `rank` columns of the weight; "gradient", at restarts the top
-    right-singular vectors of the base's gradient. With factors="B", "kaiming" means "orthonormal".
-    lora_B always starts at 0."""
+    init: FactorInit = "orthonormal"
+    """How a new lora_A is drawn: "orthonormal" rows; "kaiming" (the paper: uniform, a = sqrt 5), which
+    trained worse (docs/method.md); "cover", orthonormal blocks that cover the input space once a sweep;
+    "columns", likewise with rows that each select one input, so that lora_B is the change of `rank` columns
+    of the weight; "gradient", at restarts the top right-singular vectors of the base's gradient. With
+    factors="B", "kaiming" means "orthonormal". lora_B always starts at 0."""
     init_mix: float = 0.0
     """Fraction of the rows of init="gradient" that are random, orthogonal to the others."""
     residual: Residual = "none"
