@@ -55,7 +55,7 @@ class Plan:
     @property
     def skipped_restarts(self) -> tuple[int, ...]:
         """Restarts left out because the run ends before their re-warm would."""
-        return tuple(step for step in self._all_restarts if step not in self.restart_steps)
+        return self._all_restarts[len(self.restart_steps) :]
 
     def multiplier(self, step: int) -> float:
         """Return the learning rate of a step, as a fraction of its peak."""
