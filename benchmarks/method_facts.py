@@ -76,19 +76,19 @@ def main() -> None:
     shape = {"out_features": 512, "in_features": 512}
     recipes = {
         "paper: rank 128, alpha 32, Kaiming": ReLoRAConfig.paper(),
-        "alpha = rank, Kaiming": ReLoRAConfig(rank=128, alpha=128),
+        "alpha = rank, Kaiming": ReLoRAConfig(rank=128, alpha=128, init="kaiming"),
         "orthonormal, scaling 1": ReLoRAConfig(rank=128, init="orthonormal"),
         "matched, factors='B'": ReLoRAConfig(rank=128, factors="B", scaling_rule="matched"),
     }
     grown = {
         f"rank {rank} of {side}": step_in_weight(
-            ReLoRAConfig(rank=rank, alpha=32), out_features=side, in_features=side
+            ReLoRAConfig(rank=rank, alpha=32, init="kaiming"), out_features=side, in_features=side
         )
         for rank, side in ((256, 768), (512, 2048))
     }
     matched_kaiming = {
         f"rank {rank} of 768": step_in_weight(
-            ReLoRAConfig(rank=rank, scaling_rule="matched"), out_features=768, in_features=768
+            ReLoRAConfig(rank=rank, scaling_rule="matched", init="kaiming"), out_features=768, in_features=768
         )
         for rank in (48, 192)
     }

@@ -31,13 +31,21 @@ STARTED: list[Started] = []
 
 
 def started(launcher: Launcher, words: list[str], folder: Path) -> Started:
-    lock = try_lock(folder / "lock")
-    assert lock is not None
+    lock = freed_lock(folder)
     with (folder / "log").open("ab") as log:
         process = launcher.start(words, log=log.fileno(), lock=lock)
     os.close(lock)
     STARTED.append(process)
     return process
+
+
+def freed_lock(folder: Path) -> int:
+    """A lock may be freed a moment after the pipe of the process that held it."""
+    limit = time.monotonic() + 10
+    while (lock := try_lock(folder / "lock")) is None:
+        assert time.monotonic() < limit, "the lock stays taken"
+        time.sleep(0.02)
+    return lock
 
 
 def end_of(process: Started, *, within_s: float = 120) -> int:
@@ -112,9 +120,27 @@ def test_a_fork_outlives_the_server_and_holds_its_lock(launcher, tmp_path):
     assert process.poll() is None and try_lock(tmp_path / "lock") is None
     process.send_signal(signal.SIGKILL)
     assert end_of(process) == 1  # nobody is left who could tell
-    lock = try_lock(tmp_path / "lock")
-    assert lock is not None
-    os.close(lock)
+    os.close(freed_lock(tmp_path))
+
+
+def test_a_fork_that_ends_after_its_server_still_says_how(launcher, tmp_path):
+    process = started(launcher, long_training(tmp_path), tmp_path)
+    wait_for_steps(tmp_path)
+    launcher.close()
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == 128 + signal.SIGTERM
+
+
+def test_the_server_has_one_thread_though_its_forks_may_have_more(tmp_path):
+    launcher = Launcher(threads=2, environment=dict(os.environ))
+    process = started(launcher, long_training(tmp_path), tmp_path)
+    wait_for_steps(tmp_path)
+    _, parent = pid_and_parent(process)
+    threads = len(list(Path(f"/proc/{parent}/task").iterdir()))
+    process.send_signal(signal.SIGKILL)
+    assert end_of(process) == -signal.SIGKILL
+    launcher.close()
+    assert threads == 1
 
 
 def test_a_server_that_was_killed_is_replaced(launcher, tmp_path):

@@ -5,17 +5,22 @@ imports them once, computes nothing and touches no GPU, so that a fork of it beg
 would after its imports. Linux alone: the libraries of other systems do not bear being forked.
 
 Over the socket FD comes one message for each command: its words as JSON, and the descriptors of its log, of a
-lock and of a pipe, both of which it keeps. To the pipe go the lines "started PID" and "ended CODE" (minus a
-signal's number where one ended it).
+lock and of a pipe, both of which it keeps. Into the pipe it writes "started PID" and, at its end, "leaves
+CODE"; once it has gone, the server writes "ended CODE" (minus a signal's number where one ended it).
+
+Forks share the state of all global random generators, as new interpreters do not; a training seeds its own.
 """
 
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+
+import torch
 
 from relora.cli.main import main as run
 
@@ -30,11 +35,11 @@ _NEEDED = (
 )
 
 
-def serve(requests: socket.socket) -> list[str] | None:
+def serve(requests: socket.socket) -> tuple[list[str], int] | None:
     """Fork for each request until there are no more.
 
     Returns:
-        In each fork the words of its command; in the server None.
+        In each fork the words of its command and its pipe; in the server None.
     """
     notices: dict[int, int] = {}
     requests.settimeout(_POLL_S)
@@ -47,20 +52,30 @@ def serve(requests: socket.socket) -> list[str] | None:
         if not message:
             return None
         log, lock, notice = descriptors
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except (
+            OSError
+        ) as error:  # no memory, or too many processes: this command fails, those to come may not
+            os.write(log, f"relora: no process could be forked: {error}\n".encode())
+            _tell(notice, "ended 1")
+            pid = -1
         if pid == 0:
             os.setsid()
+            _tell(notice, f"started {os.getpid()}")
             os.dup2(log, 1)
             os.dup2(log, 2)
             for descriptor in (log, *notices.values()):
                 os.close(descriptor)
             os.set_inheritable(lock, True)
-            words: list[str] = json.loads(message)
-            return words
+            os.set_inheritable(notice, False)
+            return json.loads(message), notice
         os.close(log)
         os.close(lock)
-        notices[pid] = notice
-        _tell(notice, f"started {pid}")
+        if pid > 0:
+            notices[pid] = notice
+        else:
+            os.close(notice)
 
 
 def _tell_ends(notices: dict[int, int]) -> None:
@@ -81,14 +96,28 @@ def _tell(notice: int, line: str) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Serve, or be one of the commands; return the exit code."""
+    """Serve, or be one of the commands; return the exit code.
+
+    Raises:
+        RuntimeError: if an import has begun to use a GPU, which no fork could go on with.
+    """
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored, as it may be inherited, nobody could wait for forks
     with socket.socket(fileno=int(words[0])) as requests:
         for module in _NEEDED:
             import_module(module)
-        command = serve(requests)
-    if command is None:
+        if torch.cuda.is_initialized():
+            raise RuntimeError("importing what a training needs has initialised CUDA")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        forked = serve(requests)
+    if forked is None:
         return 0
-    return run(command)
+    command, notice = forked
+    code = run(command)
+    _tell(notice, f"leaves {code}")
+    return code
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Fork:
     """A process that the server forked.
 
     Args:
-        notices: End of a pipe from which the lines come that the server writes about it.
+        notices: End of a pipe from which lines come that the server and the process write.
     """
 
     def __init__(self, notices: int) -> None:
@@ -36,11 +36,12 @@ class Fork:
         self.pid: int | None = None
         """Of the process; None while it has not been heard of."""
         self._code: int | None = None
+        self._code_without_server = 1
 
     def poll(self) -> int | None:
         """Return the exit code, minus the signal's number where one ended it; None while it runs.
 
-        1 where nobody can tell it, as the server ended first.
+        Where the server ended first, it is what the process said last, or else 1.
         """
         if self._code is None:
             self._listen()
@@ -55,18 +56,22 @@ class Fork:
 
     def _listen(self) -> None:
         """Hear what there is, and pass on the signals that were waiting."""
+        is_closed = False
         with suppress(BlockingIOError):  # no more for now
             while piece := os.read(self._notices, 4096):
                 self._heard += piece
-            self._code = (
-                1  # unless it says otherwise: neither the server nor the process holds the pipe any more
-            )
+            is_closed = True  # neither the server nor the process holds the pipe any more
         for line in self._heard.decode().splitlines():
             what, number = line.split()
-            if what == "started":
-                self.pid = int(number)
-            else:
-                self._code = int(number)
+            match what:
+                case "started":
+                    self.pid = int(number)
+                case "leaves":
+                    self._code_without_server = int(number)
+                case "ended":
+                    self._code = int(number)
+        if is_closed and self._code is None:
+            self._code = self._code_without_server
         if self._code is None and self.pid is not None:
             while self._asked:
                 with suppress(ProcessLookupError):  # it has just ended
@@ -106,6 +111,9 @@ class ForkServer:
                     self.close()
                 else:
                     break
+        except BaseException:
+            os.close(reader)
+            raise
         finally:
             os.close(writer)
         return Fork(reader)
@@ -123,5 +131,9 @@ class ForkServer:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with its:
                 module = ["relora.cli.fork_server", str(its.fileno())]
-                self._running = ours, self._interpreter(module, log=log, descriptors=(its.fileno(),))
+                try:
+                    self._running = ours, self._interpreter(module, log=log, descriptors=(its.fileno(),))
+                except BaseException:
+                    ours.close()
+                    raise
         return self._running[0]

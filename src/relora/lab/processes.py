@@ -12,7 +12,9 @@ from relora.lab.forks import ForkServer
 from relora.lab.plan import Outcome
 from relora.lab.study import Cell
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+_SINGLE = {"OPENBLAS_NUM_THREADS": "1"}
+"""NumPy's, which would start its threads as it is imported, and so before a fork."""
 
 
 class Started(Protocol):
@@ -37,7 +39,7 @@ class Launcher:
     """
 
     def __init__(self, *, threads: int, environment: Mapping[str, str]) -> None:
-        self._environment = {**environment, **dict.fromkeys(_THREADS, str(threads))}
+        self._environment = {**environment, **dict.fromkeys(_THREADS, str(threads)), **_SINGLE}
         self._forks = ForkServer(self._interpreter) if sys.platform == "linux" else None
 
     def start(self, words: list[str], *, log: int, lock: int) -> Started:
