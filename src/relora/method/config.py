@@ -128,7 +128,7 @@ class ReLoRAConfig:
 
         lora_B alone trains, at half of full rank's learning rate; nothing is reset, no ramp follows a
         restart, and what lora_A cannot see moves by Muon's step, at 2.5 times full rank's rate. Measured at
-        one small size (docs/beyond.md).
+        small sizes (docs/beyond.md).
 
         Args:
             rank: A quarter of the model's width, to begin with.
