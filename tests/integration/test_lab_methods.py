@@ -39,6 +39,11 @@ METHODS = {
     "lora muon": {"optim": {"factor_optimizer": "muon"}},
     "relora sign start": {"relora": {"warm_start_kind": "sign", "warm_start_scale": 0.5}},
     "lora column start": {"relora": {"warm_start_kind": "column"}, "optim": {"weight_decay": 0.1}},
+    "relora muon start": {"relora": {"warm_start_kind": "muon", "warm_start_scale": 2.0}},
+    "lora muon start": {
+        "relora": {"warm_start_kind": "muon", "warm_start_scale": 2.0},
+        "optim": {"weight_decay": 0.1},
+    },
     "relora plateau": {
         "relora": {"warm_start_until": "plateau", "warm_start_steps": 9},
         "optim": {"lr": 1e-1},
@@ -228,6 +233,34 @@ def test_a_warm_start_without_state_moves_the_targets_and_keeps_nothing_of_them(
     assert stateful.isdisjoint(targets) and "lm_head.weight" in stateful
     losses = [line["train/loss"] for line in lines(train(name) / "metrics.jsonl")]
     assert losses[3] < losses[0]
+
+
+def test_a_warm_start_by_muon_is_muon_in_place_until_the_switch_which_frees_its_momenta(train, tmp_path):
+    whole = train("relora muon start")
+    recipe = tiny(train.root, "relora muon start")
+    start = load_checkpoint(whole / "checkpoints" / "step-00000004")
+    lr = recipe.optim.lr
+    alone = tiny(
+        train.root,
+        "muon-in-place",
+        run={"out": str(tmp_path)},
+        optim={"lr": 2 * lr, "weight_decay": 0.0},
+        method={"adamw_lr": lr},
+        checkpoint={"every": 4, "keep_last": 9},
+    )
+    other = load_checkpoint(fit(alone).folder / "checkpoints" / "step-00000004")
+    assert start.state["method"] == other.state["method"] == {"step": 4}
+    for part in ("model", "optimizer"):
+        mine, theirs = start.tensors[part], other.tensors[part]
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    momenta = [key for key in start.tensors["optimizer"] if key.endswith("/momentum")]
+    assert len(momenta) == 14
+    assert all(start.tensors["optimizer"][key].dtype == torch.bfloat16 for key in momenta)
+    kept = final(whole)["optimizer"]
+    assert not [key for key in kept if key.endswith("/momentum")]
+    assert {"lm_head.weight/exp_avg", "lm_head.weight/step"} <= kept.keys()
+    assert kept["lm_head.weight/step"] == 12  # AdamW's memory of the rest goes on
 
 
 def test_a_plateau_ends_the_warm_start_is_recorded_and_taken_alike_on_resume(train, tmp_path, monkeypatch):

@@ -64,6 +64,13 @@ def files(folder: Path) -> set[Path]:
             r"those of steps without state; leave out run\.method, relora\.warm_start_kind",
         ),
         (
+            {
+                "run": {"name": "full", "method": "relora"},
+                "relora": {"warm_start_kind": "muon", "warm_start_steps": 12},
+            },
+            r"those of Muon in place; leave out run\.method, relora\.warm_start_kind",
+        ),
+        (
             {"run": {"name": "full", "method": "relora"}, "relora": {"warm_start_steps": 4}},
             "relora.warm_start_steps must be at least the 12 steps that step-00000012 trained at full rank",
         ),

@@ -115,18 +115,19 @@ def test_muon_in_place_counts_its_weights_and_their_two_bytes(tmp_path):
     assert summary["optimizer_bytes"] - 2 * matrices - 8 * rest in range(0, 100)
 
 
-def muon_in_place(tmp_path, **optim):
+def muon_in_place(tmp_path, name="muon-in-place", **changes):
     """Return the method, a model, its optimizer, and what makes a backward pass of a step."""
-    plan = Plan(recipe=tiny_recipe(tmp_path, run={"method": "muon-in-place"}, optim=optim))
+    plan = Plan(recipe=tiny_recipe(tmp_path, run={"method": name}, **changes))
     config = AutoConfig.for_model("llama", **SIZES)
     torch.manual_seed(0)
-    method, model = load_method("muon-in-place")(plan), AutoModelForCausalLM.from_config(config)
+    method, model = load_method(name)(plan), AutoModelForCausalLM.from_config(config)
 
     def look(step):
         ids = torch.randint(0, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(step))
         model(input_ids=ids, labels=ids).loss.backward()
 
-    return method, model, method.build_optimizer(model, "full").adamw, look
+    phase = "full" if plan.switch_step is None else "warm_start"
+    return method, model, method.build_optimizer(model, phase).adamw, look
 
 
 def momenta_of(optimizer):
@@ -134,7 +135,7 @@ def momenta_of(optimizer):
 
 
 def test_muon_in_place_steps_by_its_rate_and_decay(tmp_path):
-    method, model, optimizer, look = muon_in_place(tmp_path, lr=5e-3, weight_decay=0.5)
+    method, model, optimizer, look = muon_in_place(tmp_path, optim={"lr": 5e-3, "weight_decay": 0.5})
     for step in (1, 2):
         before = {p: p.detach().double().numpy() for p in model.parameters()}
         optimizer.zero_grad()
@@ -150,16 +151,41 @@ def test_muon_in_place_steps_by_its_rate_and_decay(tmp_path):
             np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=0, atol=1e-6)
 
 
-def test_a_refused_step_costs_muon_in_place_its_momenta_and_says_so(tmp_path):
-    method, _, optimizer, look = muon_in_place(tmp_path)
+START = {"warm_start_steps": 4, "warm_start_kind": "muon"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("muon-in-place", {}), ("lora", {"relora": START}), ("relora", {"relora": START})]
+)
+def test_a_refused_step_costs_muon_in_place_its_momenta_and_says_so(tmp_path, name, changes):
+    method, _, optimizer, look = muon_in_place(tmp_path, name, **changes)
     look(1)
     optimizer.step()
     method.after_step(1)
+    assert len(momenta_of(optimizer)) == 14
     assert all(momentum.any() for momentum in momenta_of(optimizer).values())
     look(2)
     assert method.step_refused(2) == "Muon's momenta begin anew"
     method.after_step(2)
     assert not any(momentum.any() for momentum in momenta_of(optimizer).values())
+    assert method.state_dict() == {"step": 2}
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(0.5, "sign"), (3.0, "column")])
+def test_a_warm_start_decays_weights_by_the_rate_and_not_by_its_scale(tmp_path, scale, kind):
+    relora = {"warm_start_steps": 4, "warm_start_kind": kind, "warm_start_scale": scale}
+    method, model, optimizer, look = muon_in_place(
+        tmp_path, "lora", relora=relora, optim={"lr": 5e-3, "weight_decay": 0.5}
+    )
+    hidden = [layer.weight for name, layer in model.named_modules() if name.endswith("_proj")]
+    before = [weight.detach().clone() for weight in hidden]
+    look(1)
+    optimizer.step()
+    moved = [weight - (1 - 5e-3 * 0.5) * old for weight, old in zip(hidden, before, strict=True)]
+    for step in moved:
+        size = step.abs().max() if kind == "sign" else step.square().mean().sqrt()
+        assert size.item() == pytest.approx(5e-3 * scale, rel=1e-3)
+    assert method.state_dict() is None and method.step_refused(2) == ""
 
 
 def test_muon_in_place_does_not_compile(tmp_path):

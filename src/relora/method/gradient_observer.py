@@ -1,7 +1,7 @@
 """See a frozen weight's gradient in the backward passes of a step, and move the weight by it afterwards.
 
 What is kept of it and which direction it gives is module `residuals`'; G is made a block of rows at a time,
-never whole. The residual of low-rank layers (module `complement`) and the warm start without optimizer state
+never whole. The residual of low-rank layers (module `complement`) and the warm start by steps in place
 (`in_place`) both move weights by it.
 """
 

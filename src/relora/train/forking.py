@@ -97,7 +97,9 @@ def _trained_by(recipe: Recipe) -> str:
     """Return what trains the target matrices at full rank; each has states of its own."""
     if not recipe.spec.has_switch:
         return "adamw" if recipe.run.method == "full" else recipe.run.method
-    return recipe.spec.warm_start if recipe.relora.warm_start_kind == "adamw" else "steps without state"
+    kind = recipe.relora.warm_start_kind
+    in_place = "Muon in place" if kind == "muon" else "steps without state"
+    return recipe.spec.warm_start if kind == "adamw" else in_place
 
 
 def _division(optim: OptimConfig, has_matrices: bool) -> tuple[bool, ...]:

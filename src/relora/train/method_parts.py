@@ -6,25 +6,20 @@ this is the surface that a method of one's own may rely on.
 
 from relora.data.prepared import PreparedData
 from relora.method.factor_init import FACTOR_INITS, Draw
-from relora.method.in_place import InPlace, PlainWeight
 from relora.method.inject import lora_parameters
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import LayerMerge, MergeReport, merge_, reinit_
 from relora.method.reset import ResetReport, reset_optimizer_state_
-from relora.method.residuals import RESIDUALS
 from relora.method.restart_report import RestartReport
 from relora.method.seeds import derived_generator, derived_seed
 from relora.method.targets import choose_targets
 
 __all__ = [
     "FACTOR_INITS",
-    "RESIDUALS",
     "Draw",
-    "InPlace",
     "LayerMerge",
     "LoRALinear",
     "MergeReport",
-    "PlainWeight",
     "PreparedData",
     "ResetReport",
     "RestartReport",

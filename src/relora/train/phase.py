@@ -20,7 +20,7 @@ from relora.method.inject import InjectReport, inject
 from relora.method.linear import LoRALinear
 from relora.method.schedule import Calendar, jagged_cosine
 from relora.train.config import Recipe
-from relora.train.groups import PhaseName, parameter_groups
+from relora.train.groups import Group, PhaseName, parameter_groups, rest_groups
 from relora.train.joint import Groups, JointOptimizer, matched_muon, parts_of
 
 Memory = Mapping[Tensor, dict[str, Any]]
@@ -151,6 +151,35 @@ def build_optimizer(model: nn.Module, recipe: Recipe, phase: PhaseName) -> Optim
     else:
         made = JointOptimizer([([group.options() for group in muon], matched_muon), (options, make_adamw)])
     return Optimizer(adamw=made, peaks=tuple(group.lr for group in (*muon, *adamw)))
+
+
+def beside_adamw(
+    model: nn.Module,
+    recipe: Recipe,
+    layers: Mapping[str, nn.Module],
+    *,
+    by: Callable[[Groups], TorchOptimizer],
+    scale: float = 1.0,
+    adamw_lr: float | None = None,
+) -> Optimizer:
+    """Return one optimizer of two: of the weights of some layers, and AdamW of everything else.
+
+    Args:
+        model: The model.
+        recipe: Of the run.
+        layers: Whose weights they are, by name.
+        by: Makes the first from its group.
+        scale: Peak of the first one's rate over optim.lr; its weight decay is that of optim.lr all the same.
+        adamw_lr: Peak of AdamW's rate; None means optim.lr.
+    """
+    optim = recipe.optim
+    hidden = [layer.get_parameter("weight") for layer in layers.values()]
+    others = [p for p in model.parameters() if id(p) not in set(map(id, hidden))]
+    rest = rest_groups(model, others, optim, lr=optim.lr if adamw_lr is None else adamw_lr)
+    first = Group(params=hidden, lr=optim.lr * scale, weight_decay=optim.weight_decay / scale)
+    adamw = ([group.options() for group in rest], adamw_of(recipe, hidden[0].device))
+    joint = JointOptimizer([([first.options()], by), adamw])
+    return Optimizer(adamw=joint, peaks=tuple(group.lr for group in (first, *rest)))
 
 
 def adamw_of(recipe: Recipe, device: torch.device) -> Callable[[Groups], TorchOptimizer]:

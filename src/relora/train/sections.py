@@ -16,7 +16,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 FactorOptimizer = Literal["adamw", "muon"]
 WarmStartUntil = Literal["steps", "plateau"]
-WarmStartKind = Literal["adamw", "sign", "column"]
+WarmStartKind = Literal["adamw", "sign", "column", "muon"]
 NonFinitePolicy = Literal["stop", "skip", "rollback"]
 
 _FOLDER_NAME = re.compile(r"[\w.+=@-][\w.+=@ -]*")
@@ -61,10 +61,11 @@ class ReLoRASection(ReLoRAConfig):
     """"steps" ends the warm start after warm_start_steps; "plateau" before that, once the loss falls half as
     fast as it did on the whole since the first warm-up."""
     warm_start_kind: WarmStartKind = "adamw"
-    """What trains the target matrices in the warm start: "adamw", or without optimizer state and gradient
-    "sign" or "column" steps, as those of `residual`. run.method "relora" and "lora" only."""
+    """What trains the target matrices in the warm start: "adamw", or steps in place without a gradient, as
+    those of `residual`: "sign" and "column" without state, "muon" with 2 bytes a weight. run.method "relora"
+    and "lora" only."""
     warm_start_scale: float = 1.0
-    """Size of a warm start's "sign" or "column" steps, over optim.lr."""
+    """Size of a warm start's steps in place, over optim.lr."""
 
     def __post_init__(self) -> None:
         """Leave the complaints to the recipe, which gives them together with those of other sections."""

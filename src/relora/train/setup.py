@@ -110,8 +110,6 @@ def build_state(
         cast(nn.Module, model).to(here.device)
     # Else the switch is next, and what it stores in fewer bits is never whole on the device.
     phase: PhaseName = "full" if plan.switch_step is None else "warm_start"
-    if phase == "warm_start" and not low_rank:
-        method.begin_warm_start_(model)
     state = RunState(
         model=model,
         optimizer=method.build_optimizer(model, phase),

@@ -1,6 +1,5 @@
 """What a method does in a run: a value with hooks, called by the trainer at fixed points.
 
-    begin_warm_start_              before the optimizer of a warm start is built
     build_optimizer, attach        when a phase begins (and when a checkpoint of it is opened)
     switch_                        at the end of the warm start
     after_backward                 in every step, between the gradients and their clipping
@@ -20,14 +19,22 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from relora.data.prepared import PreparedData
 from relora.errors import OptimizerResetError
-from relora.method.in_place import InPlace
 from relora.method.restart import ReLoRA
 from relora.method.restart_report import RestartReport
 from relora.method.targets import choose_targets
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName
+from relora.train.in_place_optimizer import InPlaceOptimizer
 from relora.train.joint import parts_of
-from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config, momenta
+from relora.train.phase import (
+    Optimizer,
+    Plan,
+    beside_adamw,
+    build_optimizer,
+    inject_factors,
+    method_config,
+    momenta,
+)
 
 
 class TrainingMethod:
@@ -41,9 +48,6 @@ class TrainingMethod:
         """Return the recipe that the run's model is built by; the run's own unless the method says."""
         del data
         return self.recipe
-
-    def begin_warm_start_(self, model: nn.Module) -> None:
-        """Change the model as a warm start wants it, in place, before its optimizer is built."""
 
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """Return the optimizer of a phase, with the peak learning rate of each of its groups."""
@@ -94,50 +98,52 @@ class TrainingMethod:
 class LowRank(TrainingMethod):
     """Factors beside frozen weights, trained beside what stays at full rank."""
 
-    warm_start: InPlace | None = None
-    """What trains the target matrices in a warm start without optimizer state."""
-    _was_taken: bool = True
-    """Whether the step that `after_step` is told of was taken."""
+    in_place: InPlaceOptimizer | None = None
+    """What trains the target matrices in a warm start by steps in place."""
 
-    def begin_warm_start_(self, model: nn.Module) -> None:
-        """Take the target matrices from autograd and the optimizer, if the recipe wants a warm start so."""
-        kind = self.recipe.relora.warm_start_kind
-        if kind != "adamw" and self.plan.switch_step:
-            layers = choose_targets(model, method_config(self.recipe)).layers
-            self.warm_start = InPlace(model, layers, kind=kind)
+    def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
+        """As `TrainingMethod`; a warm start by steps in place has them beside AdamW, the matrices first."""
+        relora, seed = self.recipe.relora, self.recipe.run.seed
+        if phase != "warm_start" or relora.warm_start_kind == "adamw" or not self.plan.switch_step:
+            return super().build_optimizer(model, phase)
+        kind, layers = relora.warm_start_kind, choose_targets(model, method_config(self.recipe)).layers
+        optimizer = beside_adamw(
+            model,
+            self.recipe,
+            layers,
+            by=lambda groups: InPlaceOptimizer(groups, model, layers, kind=kind, seed=seed),
+            scale=relora.warm_start_scale,
+        )
+        (self.in_place,) = (part for part in parts_of(optimizer.adamw) if isinstance(part, InPlaceOptimizer))
+        return optimizer
 
     def switch_(self, model: nn.Module) -> str:
         """Put the factors in."""
-        if self.warm_start is not None:
-            self.warm_start.release_()
-            self.warm_start = None
+        if self.in_place is not None:
+            self.in_place.release_()
+            self.in_place = None
         return str(inject_factors(model, self.recipe))
 
     def step_refused(self, step: int) -> str:
-        """Remember it, so that what was observed of the step moves nothing."""
-        self._was_taken = False
-        return super().step_refused(step)
+        """Let what was seen of the step move nothing."""
+        return "" if self.in_place is None else self.in_place.refuse(step)
 
-    def after_step(self, step: int) -> RestartReport | None:
-        """Move what a warm start without optimizer state trains."""
-        was_taken, self._was_taken = self._was_taken, True
-        if self.warm_start is None:
-            return None
-        if not was_taken:
-            self.warm_start.drop(step)
-            return None
-        optim = self.recipe.optim
-        lr = optim.lr * self.plan.multiplier(step)
-        self.warm_start.step_(
-            step, size=lr * self.recipe.relora.warm_start_scale, keep=1 - lr * optim.weight_decay
-        )
-        return None
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a warm start with momenta counts."""
+        return None if self.in_place is None else self.in_place.state_of_steps()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a step of a warm start with momenta."""
+        assert self.in_place is not None
+        self.in_place.go_on_from(state)
 
 
 class Restarting(LowRank):
     """Factors that are merged and begun anew at the ends of cycles."""
 
     restarter: ReLoRA | None = None
+    _was_taken = True
+    """Whether the step that `after_step` is told of was taken."""
     _keeps_momentum = False
 
     def attach(self, model: nn.Module, optimizer: TorchOptimizer) -> None:
@@ -155,7 +161,9 @@ class Restarting(LowRank):
 
     def step_refused(self, step: int) -> str:
         """As `LowRank`; and the complement's momentum, which the step has gone into, is forgotten."""
-        super().step_refused(step)
+        if self.restarter is None:
+            return super().step_refused(step)
+        self._was_taken = False
         return "the complement's momentum begins anew" if self._keeps_momentum else ""
 
     def after_step(self, step: int) -> RestartReport | None:
@@ -165,7 +173,7 @@ class Restarting(LowRank):
             OptimizerResetError: if the reset did not do what it reports, or the cycle trained nothing.
         """
         if self.restarter is None:
-            return super().after_step(step)
+            return None
         was_taken, self._was_taken = self._was_taken, True
         report = self.restarter.after_step(step, was_taken=was_taken)
         # A cycle whose last steps were not taken may be still.
@@ -176,13 +184,15 @@ class Restarting(LowRank):
         return None if self.restarter is None else refuse_dead_cycle(self.restarter.catch_up())
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the restart counters; None before the switch."""
-        return None if self.restarter is None else self.restarter.state_dict()
+        """Return the restart counters; before the switch as `LowRank`."""
+        return super().state_dict() if self.restarter is None else self.restarter.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the restart counters."""
-        assert self.restarter is not None
-        self.restarter.load_state_dict(state)
+        """Take over the restart counters, or what `LowRank` keeps."""
+        if self.restarter is None:
+            super().load_state_dict(state)
+        else:
+            self.restarter.load_state_dict(state)
 
 
 def refuse_dead_cycle(restart: RestartReport | None) -> RestartReport | None:

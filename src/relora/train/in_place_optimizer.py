@@ -1,0 +1,90 @@
+"""Steps in place, without a gradient of the weight, as a torch optimizer with a group and states."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer as TorchOptimizer
+
+from relora.method.in_place import InPlace, PlainWeight
+from relora.method.residuals import RESIDUALS
+
+_STATE = "momentum"
+
+
+class InPlaceOptimizer(TorchOptimizer):
+    """Moves weights by what their backward passes have left; momenta, where the kind has them, are its state.
+
+    Args:
+        groups: One, of the layers' weights, with `lr` and `weight_decay`.
+        model: The model, not compiled and without a wrapper.
+        layers: Plain linear layers of it, by full name, in the order of the group.
+        kind: One of RESIDUALS.
+        seed: Of what is rounded at random, with the step and the layer's name.
+
+    Raises:
+        ConfigError: as `InPlace`.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        *,
+        kind: str,
+        seed: int,
+    ) -> None:
+        super().__init__(groups, {})
+        self._residual = RESIDUALS[kind]
+        self._steps_done = 0
+        self._in_place = InPlace(
+            model, layers, kind=kind, momentum=self._momentum if self.keeps_momentum else None, seed=seed
+        )
+
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether anything lasts from step to step."""
+        return self._residual.keeps_momentum
+
+    def _momentum(self, weight: PlainWeight) -> Tensor:
+        state = self.state[weight.weight]
+        if not state:
+            shape = (weight.out_features, weight.in_features)
+            dtype = self._residual.dtype(weight.weight.dtype)
+            state[_STATE] = torch.zeros(shape, dtype=dtype, device=weight.weight.device)
+        momentum: Tensor = state[_STATE]
+        return momentum
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every weight.
+
+        Raises:
+            ConfigError: if no backward pass went through any layer.
+        """
+        assert closure is None
+        (group,) = self.param_groups
+        keep = 1 - group["lr"] * group["weight_decay"]
+        self._in_place.step_(self._steps_done + 1, size=group["lr"], keep=keep)
+        self._steps_done += 1
+        return None
+
+    def refuse(self, step: int) -> str:
+        """Forget a step not taken, and momenta that it has gone into; return in words what that costs."""
+        self._in_place.drop(step)
+        self._steps_done = step
+        return "Muon's momenta begin anew" if self.keeps_momentum else ""
+
+    def state_of_steps(self) -> dict[str, int] | None:
+        """Return what a checkpoint keeps beside momenta: what is rounded at random depends on the step."""
+        return {"step": self._steps_done} if self.keeps_momentum else None
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_of_steps` returned."""
+        self._steps_done = int(state["step"])
+        self._in_place.begin(self._steps_done)
+
+    def release_(self) -> None:
+        """Give the weights back to autograd."""
+        self._in_place.release_()
