@@ -23,8 +23,9 @@ from relora.lab.planner.plan import METHODS, plan_run, with_settings
 from relora.train.architecture import llama_config
 from relora.train.config import Recipe
 from relora.train.loss import TokenLoss
+from relora.train.methods import load_method
 from relora.train.parallel import Processes
-from relora.train.phase import build_optimizer, inject_factors
+from relora.train.phase import Plan, inject_factors
 from relora.train.recipe_io import resolve, write_recipe
 from relora.train.setup import enable_checkpointing_
 from relora.train.step import train_step_
@@ -60,7 +61,8 @@ def measured(recipe: Recipe, *, low_rank: bool) -> dict[str, int]:
             enable_checkpointing_(model)
         if low_rank:
             inject_factors(model, recipe)
-        optimizer = build_optimizer(model, recipe, "low_rank" if low_rank else "full")
+        method = load_method(recipe.run.method)(Plan(recipe=recipe))
+        optimizer = method.build_optimizer(model, "low_rank" if low_rank else "warm_start")
         loss = TokenLoss(model, chunk_tokens=recipe.train.loss_chunk_tokens)
         for step in (1, 2, 3):
             train_step_(
@@ -90,19 +92,21 @@ def measured(recipe: Recipe, *, low_rank: bool) -> dict[str, int]:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize(
-    ("low_rank", "factors", "train", "precision"),
+    ("low_rank", "relora", "train", "precision"),
     [
-        (False, "both", PLAIN, "bf16"),
-        (False, "both", {"loss_chunk_tokens": 0}, "fp32"),
-        (True, "both", {"micro_batch_size": 4}, "fp32"),
-        (True, "B", PLAIN, "bf16"),
-        (True, "B", CHECKPOINTING, "fp32"),
+        (False, {}, PLAIN, "bf16"),
+        (False, {}, {"loss_chunk_tokens": 0}, "fp32"),
+        (False, {"warm_start_kind": "muon"}, PLAIN, "fp32"),
+        (False, {"warm_start_kind": "sign"}, {"micro_batch_size": 4}, "bf16"),
+        (True, {}, {"micro_batch_size": 4}, "fp32"),
+        (True, {"factors": "B"}, PLAIN, "bf16"),
+        (True, {"factors": "B"}, CHECKPOINTING, "fp32"),
     ],
 )
 def test_what_is_foretold_is_what_training_holds(
-    low_rank: bool, factors: str, train: dict[str, Any], precision: str
+    low_rank: bool, relora: dict[str, Any], train: dict[str, Any], precision: str
 ) -> None:
-    planned = recipe(relora={"factors": factors}, train={**train, "precision": precision})
+    planned = recipe(relora=relora, train={**train, "precision": precision})
     told = footprint(planned, low_rank=low_rank, precision="bf16" if precision == "bf16" else "fp32")
     found = measured(planned, low_rank=low_rank)
     assert told.gradients_bytes == found["gradients"] and told.optimizer_bytes == found["optimizer"]
@@ -240,6 +244,25 @@ def test_the_complements_momentum_is_planned_as_optimizer_state() -> None:
     assert with_it.optimizer_bytes - without.optimizer_bytes == 2 * base
     assert with_it.checkpoint_bytes - without.checkpoint_bytes == 2 * base
     assert (with_it.weights_bytes, with_it.residual_bytes) == (without.weights_bytes, without.residual_bytes)
+
+
+def test_a_warm_start_by_muon_in_place_needs_less_than_adamws_and_the_plan_says_so() -> None:
+    usual, in_place = (
+        plan_run(recipe(relora={"warm_start_kind": kind}), device="cpu") for kind in ("adamw", "muon")
+    )
+    base = 2 * (4 * 40 * 40 + 3 * 40 * 72)
+    told = footprint(recipe(relora={"warm_start_kind": "muon"}), low_rank=False, precision="fp32")
+    full = usual.methods["full"].footprint
+    assert told.parameters_trainable == full.parameters_trainable == full.parameters_total
+    assert full.gradients_bytes - told.gradients_bytes == 4 * base
+    assert full.optimizer_bytes - told.optimizer_bytes == pytest.approx(6 * base, abs=4 * 14)  # step counts
+    assert in_place.methods["full"] == usual.methods["full"]
+    for name in ("lora", "relora", "relora, one-sided"):
+        mine, theirs = in_place.methods[name], usual.methods[name]
+        assert mine.footprint == theirs.footprint
+        assert mine.run_peak_bytes < theirs.run_peak_bytes == usual.methods["full"].run_peak_bytes
+        assert mine.warm_start_peak_bytes == mine.run_peak_bytes
+        assert mine.run_speedup < theirs.run_speedup  # the iterations of its update
 
 
 def test_what_an_update_costs_is_shared_by_the_tokens_of_all_its_micro_batches() -> None:

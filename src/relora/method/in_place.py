@@ -109,8 +109,8 @@ class InPlace:
         assert RESIDUALS[kind].keeps_momentum == (momentum is not None)
         refuse_compiled(model, f"training by {kind!r} steps in place")
         self._kind, self._seed = kind, seed
-        self._weights = [PlainWeight(name, layer, momentum=momentum) for name, layer in layers.items()]
-        for weight in self._weights:
+        self.weights = [PlainWeight(name, layer, momentum=momentum) for name, layer in layers.items()]
+        for weight in self.weights:
             if weight.weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     f"training by {kind!r} steps in place needs weights in float32, but {weight.name} is "
@@ -119,7 +119,7 @@ class InPlace:
             weight.weight.requires_grad_(False)
         self._observers: dict[nn.Module, GradientObserver] = {}
         self._hooks = [
-            weight.layer.register_forward_hook(self._watch, with_kwargs=True) for weight in self._weights
+            weight.layer.register_forward_hook(self._watch, with_kwargs=True) for weight in self.weights
         ]
         self.begin(0)
 
@@ -138,7 +138,7 @@ class InPlace:
             weight.layer: GradientObserver(
                 weight, residual, seed=derived_seed(self._seed, steps_done, weight.name, "in place")
             )
-            for weight in self._weights
+            for weight in self.weights
         }
 
     def drop(self, step: int) -> None:
@@ -176,5 +176,5 @@ class InPlace:
         """Give the weights back to autograd."""
         for hook in self._hooks:
             hook.remove()
-        for weight in self._weights:
+        for weight in self.weights:
             weight.weight.requires_grad_(True)

@@ -166,6 +166,12 @@ class Recipe:
             ),
         )
 
+    @property
+    def warm_start_in_place(self) -> str | None:
+        """The steps in place that train the target matrices before the switch; None where AdamW does."""
+        kind = self.relora.warm_start_kind
+        return kind if kind != "adamw" and self.spec.takes_variants and self.switch_step else None
+
     def _compile_violations(self) -> list[str]:
         """Refuse what needs to see the base's gradient together with a compiled model, which hides it."""
         if not (self.train.compile and self.spec.has_switch):

@@ -57,6 +57,12 @@ class InPlaceOptimizer(TorchOptimizer):
         momentum: Tensor = state[_STATE]
         return momentum
 
+    def make_states_(self) -> None:
+        """Make the momenta before the first step, which makes them otherwise."""
+        if self.keeps_momentum:
+            for weight in self._in_place.weights:
+                self._momentum(weight)
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move every weight.
 

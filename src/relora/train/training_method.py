@@ -103,16 +103,16 @@ class LowRank(TrainingMethod):
 
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """As `TrainingMethod`; a warm start by steps in place has them beside AdamW, the matrices first."""
-        relora, seed = self.recipe.relora, self.recipe.run.seed
-        if phase != "warm_start" or relora.warm_start_kind == "adamw" or not self.plan.switch_step:
+        kind, seed = self.recipe.warm_start_in_place, self.recipe.run.seed
+        if phase != "warm_start" or kind is None:
             return super().build_optimizer(model, phase)
-        kind, layers = relora.warm_start_kind, choose_targets(model, method_config(self.recipe)).layers
+        layers = choose_targets(model, method_config(self.recipe)).layers
         optimizer = beside_adamw(
             model,
             self.recipe,
             layers,
             by=lambda groups: InPlaceOptimizer(groups, model, layers, kind=kind, seed=seed),
-            scale=relora.warm_start_scale,
+            scale=self.recipe.relora.warm_start_scale,
         )
         (self.in_place,) = (part for part in parts_of(optimizer.adamw) if isinstance(part, InPlaceOptimizer))
         return optimizer

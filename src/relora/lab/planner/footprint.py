@@ -81,7 +81,8 @@ def footprint(
 
     Args:
         recipe: The run.
-        low_rank: Whether with factors, or at full rank as before the switch.
+        low_rank: Whether with factors, or at full rank as before the switch, by steps in place where the
+            recipe's warm start takes them.
         precision: Of the matrix products.
         vocab_size: As for `blueprint`.
         devices: Processes that share the batch under DDP.

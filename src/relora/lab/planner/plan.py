@@ -6,7 +6,7 @@ phases'. Speed is compared by counted FLOPs: what is expected where matrix produ
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -126,7 +126,7 @@ def plan_run(
     if precision == "auto":
         precision = "bf16" if device == "cuda" else resolve_precision("auto", torch.device("cpu"))[0]
     planner = Planner(precision=precision, vocab_size=vocab_size, devices=devices, device=device)
-    full = planner.phase(recipe, low_rank=False)
+    full = planner.phase(with_settings(recipe, METHODS["full"]), low_rank=False)
     methods, unavailable = {}, {}
     for name, settings in METHODS.items():
         try:
@@ -135,7 +135,7 @@ def plan_run(
         except ConfigError as error:
             unavailable[name] = str(error)
             continue
-        peak = planner.peak(variant)
+        peak, start = planner.peak(variant), planner.phase(variant, low_rank=False)
         is_fit = None if memory_bytes is None else peak <= memory_bytes
         found: Settings | None = {}
         least = None
@@ -144,9 +144,9 @@ def plan_run(
         methods[name] = MethodPlan(
             footprint=phase,
             run_peak_bytes=peak,
-            warm_start_peak_bytes=max(full.peak_bytes, phase.peak_bytes),
+            warm_start_peak_bytes=max(start.peak_bytes, phase.peak_bytes),
             speedup=full.flops_per_token / phase.flops_per_token,
-            run_speedup=_over_run(variant, full.flops_per_token, phase.flops_per_token),
+            run_speedup=_over_run(variant, full, start, phase),
             fits=is_fit,
             settings=None if memory_bytes is None else found,
             least_peak_bytes=least if found is None else None,
@@ -181,8 +181,11 @@ class Planner:
 
     def phase(self, recipe: Recipe, *, low_rank: bool) -> Footprint:
         """Return the footprint of a phase; what makes no difference to it is not told apart."""
-        method: Literal["full", "relora"] = "relora" if low_rank else "full"
-        section = replace(recipe.relora, warm_start_steps=0) if low_rank else ReLoRASection()
+        method, section = "full", ReLoRASection()
+        if low_rank:
+            method, section = "relora", replace(recipe.relora, warm_start_steps=0)
+        elif recipe.warm_start_in_place is not None:
+            method, section = "relora", recipe.relora
         same = replace(recipe, run=replace(recipe.run, method=method), relora=section)
         if (same, low_rank) not in self._known:
             self._known[same, low_rank] = footprint(same, low_rank=low_rank, **self._options)
@@ -300,8 +303,10 @@ def _doubts(config: PretrainedConfig) -> Iterator[str]:
         )
 
 
-def _over_run(recipe: Recipe, full: float, low_rank: float) -> float:
+def _over_run(recipe: Recipe, full: Footprint, start: Footprint, low_rank: Footprint) -> float:
+    """Return FLOPs of full rank over those of a run with a warm start."""
     steps, switch = recipe.total_steps, recipe.switch_step
     if switch is None:
         return 1.0
-    return steps * full / (switch * full + (steps - switch) * low_rank)
+    run = switch * start.flops_per_token + (steps - switch) * low_rank.flops_per_token
+    return steps * full.flops_per_token / run

@@ -21,6 +21,9 @@ from transformers import PreTrainedModel
 from relora.lab.planner.live import CAST, LiveBytes
 from relora.lab.planner.shadow import as_fake_, as_if_real
 from relora.train.config import Recipe
+from relora.train.groups import PhaseName
+from relora.train.in_place_optimizer import InPlaceOptimizer
+from relora.train.joint import parts_of
 from relora.train.loss import TokenLoss
 from relora.train.method_parts import LoRALinear
 from relora.train.methods import load_method
@@ -98,7 +101,9 @@ def trace(
         restart_extra: Of a trace of the same layers, which saves tracing it again.
     """
     # One phase, with its first step one of those that are observed.
-    recipe = replace(recipe, relora=replace(recipe.relora, residual_every=1, warm_start_steps=0))
+    warm_start_steps = 0 if given.low_rank else recipe.relora.warm_start_steps
+    section = replace(recipe.relora, residual_every=1, warm_start_steps=warm_start_steps)
+    recipe = replace(recipe, relora=section)
     with FakeTensorMode(), as_if_real(), LiveBytes() as live:
         return _Run(recipe, model, layers, given, live).trace(restart_extra)
 
@@ -119,7 +124,8 @@ class _Run:
         self._begin("start")
         live.label = WEIGHTS
         as_fake_(self.model)
-        self.method: TrainingMethod = load_method(recipe.run.method if given.low_rank else "full")(
+        is_plain = not given.low_rank and recipe.warm_start_in_place is None
+        self.method: TrainingMethod = load_method("full" if is_plain else recipe.run.method)(
             Plan(recipe=recipe)
         )
         if given.low_rank:
@@ -129,8 +135,8 @@ class _Run:
         self.loss = TokenLoss(model, chunk_tokens=0)
         self.loss.chunk_tokens = given.chunk_tokens
         live.begin()
-        phase = "low_rank" if given.low_rank else "full"
-        self.optimizer: Optimizer = self.method.build_optimizer(self.model, phase)  # type: ignore[arg-type]
+        phase: PhaseName = "low_rank" if given.low_rank else "full" if is_plain else "warm_start"
+        self.optimizer: Optimizer = self.method.build_optimizer(self.model, phase)
 
     def trace(self, restart_extra: Counter[str] | None) -> Trace:
         live, rows, data = self.live, self.recipe.train.micro_batch_size, self.recipe.data
@@ -138,7 +144,8 @@ class _Run:
         if self.given.holds_gradients:
             self._hold_gradients()
         live.label = OTHER
-        self.method.attach(self.model, self.optimizer.adamw)
+        if self.given.low_rank:
+            self.method.attach(self.model, self.optimizer.adamw)
         resting = Counter(live.bytes)
         batch = torch.zeros(rows, data.seq_len, dtype=torch.int64)
         with self._watched() as seen:
@@ -158,7 +165,7 @@ class _Run:
         states = state_bytes(self.optimizer.adamw, self.model)
         counts = Counter(
             total=num_parameters(self.model),
-            trainable=num_parameters(self.model, trainable=True),
+            trainable=num_parameters(self.model, trainable=True) + self._num_in_place,
             in_factors=sum(p.numel() for p in factors),
             flops=seen[_FLOPS],
             update_flops=update_flops,
@@ -211,14 +218,26 @@ class _Run:
                     live.forget(host)
 
     def _trained(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.adamw.param_groups for parameter in group["params"]]
+        """Return what autograd has gradients of."""
+        groups = self.optimizer.adamw.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+
+    @property
+    def _num_in_place(self) -> int:
+        """Entries of the weights that train without a gradient."""
+        groups = self.optimizer.adamw.param_groups
+        return sum(p.numel() for group in groups for p in group["params"] if not p.requires_grad)
 
     def _make_states(self) -> None:
         """Let the optimizer make its states, as its first step does."""
         for parameter in self._trained():
             parameter.grad = torch.empty_like(parameter)
         self.live.label = STATES
-        self.optimizer.adamw.step()
+        for part in parts_of(self.optimizer.adamw):
+            if isinstance(part, InPlaceOptimizer):
+                part.make_states_()
+            else:
+                cast(Any, part).step()
         self.optimizer.adamw.zero_grad(set_to_none=True)
 
     def _hold_gradients(self) -> None:
