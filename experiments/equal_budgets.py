@@ -18,18 +18,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from committed import HERE, final_cells
 
 from relora.lab.statistics import paired_difference
 
-HERE = Path(__file__).parent
 SPEEDS = HERE.parent / "benchmarks" / "results" / "gpu_1b.json"
 FULL_BYTES = 16
 """A parameter's, of weight, gradient and AdamW's two moments in float32."""
-
-Cells = Mapping[int, Mapping[str, Any]]
-"""Final cells of an arm, by seed."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +55,6 @@ PAIRS = (
         (("beyond", 2), ("full-muon", 2), ("muon-in-place", 2), ("lora", 7)),
     ),
 )
-
-
-def final_cells(study: str, arm: str, millions: int | None = None) -> Cells:
-    """Return the final cells of an arm at a length."""
-    results = json.loads((HERE / study / "results" / "study.json").read_text(encoding="utf-8"))
-    return {
-        cell["seed"]: cell
-        for cell in results["cells"]
-        if cell["arm"] == arm
-        and cell["stage"] == "final"
-        and cell["status"] == "finished"
-        and millions in (None, round(cell["tokens"] / 1e6 - 0.01))
-    }
 
 
 def between(at: float, ends: Sequence[tuple[float, float]]) -> float:

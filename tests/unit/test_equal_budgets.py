@@ -1,25 +1,18 @@
 """Equal time and memory: full rank is at its own, and the documents say what is printed."""
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "experiments" / "equal_budgets.py"
+from experiment_scripts import EXPERIMENTS, experiment_script
+
+DOCS = EXPERIMENTS.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return experiment_script("equal_budgets")
 
 
 def test_full_rank_needs_its_own_tokens_and_the_geometric_mean_for_the_mean_of_its_losses(script):
@@ -50,7 +43,7 @@ def test_full_rank_in_its_own_bytes_has_its_own_loss(script):
 def test_the_documents_say_what_is_printed(script, capsys):
     script.main()
     printed = capsys.readouterr().out
-    section = (ROOT / "docs" / "method.md").read_text().partition("## At equal time and equal memory")[2]
+    section = (DOCS / "method.md").read_text().partition("## At equal time and equal memory")[2]
     quoted = [line for line in section.partition("\n## ")[0].splitlines() if re.match(r"\| [a-zA-Z]", line)]
     assert len(quoted) > 8
     assert [line for line in quoted if line not in printed.splitlines()] == []

@@ -1,0 +1,172 @@
+"""How the gap to full rank moves with size, tokens and rank: a law fitted to results, and its plot.
+
+    python experiments/law.py [--plot experiments/law-128/results/law.svg]
+
+Seed by seed, by least squares over all sizes and lengths, with P the parameters outside embeddings and
+head and D the tokens:
+
+    loss - loss of full rank = a + b ln(P / 1e6) + c ln(D / 5e6)
+
+and at one size and length the slope in ln(rank). A coefficient is the mean of the seeds', its interval
+Student's t over them (95 %). That is the uncertainty of other seeds; the largest residual of the means tells
+how far three terms are from the truth, and no interval knows what lies beyond the sizes and lengths run.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from committed import final_cells
+
+from relora.lab.statistics import paired_difference
+
+STUDIES = ("law-64", "law-128", "main-3x-prose")
+MILLIONS = (2, 7)
+ARMS = ("beyond", "muon-in-place")
+UNIT_PARAMETERS, UNIT_TOKENS = 1e6, 5e6
+RANK_STUDY, RANKS = "law-128", (16, 32, 64)
+EXTRAPOLATED = ((10e6, 7.5e6), (100e6, 2e9))
+"""Parameters and tokens to which the law is drawn out, with the caution that it deserves."""
+
+BySeed = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size and length."""
+
+    parameters: float
+    tokens: float
+    gaps: BySeed
+
+
+def gaps(study: str, arm: str, millions: int) -> BySeed:
+    """Return an arm's loss over full rank's, by seed."""
+    full, mine = final_cells(study, "full", millions), final_cells(study, arm, millions)
+    assert len(mine) >= 3 and mine.keys() == full.keys(), (study, arm, millions, sorted(mine), sorted(full))
+    return {seed: cell["loss"] - full[seed]["loss"] for seed, cell in mine.items()}
+
+
+def outside(study: str) -> int:
+    """Return the parameters of a study's model outside embeddings and head."""
+    cell = final_cells(study, "full", MILLIONS[0])[0]
+    recipe = cell["recipe"]
+    return int(cell["parameters_total"]) - 2 * recipe["model.hidden_size"] * recipe["data.vocab_size"]
+
+
+def points(arm: str) -> list[Point]:
+    """Return an arm's gaps at every size and length."""
+    name = {"beyond": {"law-128": f"beyond rank={RANKS[1]}"}}.get(arm, {})
+    return [
+        Point(
+            outside(study),
+            final_cells(study, "full", millions)[0]["tokens"],
+            gaps(study, name.get(study, arm), millions),
+        )
+        for study in STUDIES
+        for millions in MILLIONS
+    ]
+
+
+def terms(parameters: float, tokens: float) -> list[float]:
+    """Return what the coefficients multiply."""
+    return [1.0, math.log(parameters / UNIT_PARAMETERS), math.log(tokens / UNIT_TOKENS)]
+
+
+def fitted(measured: Sequence[Point]) -> dict[int, np.ndarray]:
+    """Return a, b and c of each seed."""
+    design = np.array([terms(point.parameters, point.tokens) for point in measured])
+    seeds = sorted(set.intersection(*(set(point.gaps) for point in measured)))
+    found = {}
+    for seed in seeds:
+        values = np.array([point.gaps[seed] for point in measured])
+        found[seed] = np.linalg.lstsq(design, values, rcond=None)[0]
+    return found
+
+
+def foretold(law: Mapping[int, np.ndarray], parameters: float, tokens: float) -> BySeed:
+    """Return the gap by each seed's law."""
+    return {seed: float(np.dot(terms(parameters, tokens), found)) for seed, found in law.items()}
+
+
+def largest_residual(measured: Sequence[Point], law: Mapping[int, np.ndarray]) -> float:
+    """Return how far the mean of the gaps lies from the law at worst, with its sign."""
+    residuals = []
+    for point in measured:
+        told = foretold(law, point.parameters, point.tokens)
+        residuals.append(sum(point.gaps[seed] - told[seed] for seed in told) / len(told))
+    return max(residuals, key=abs)
+
+
+def rank_slopes() -> BySeed:
+    """Return by seed how the gap moves with ln(rank)."""
+    by_rank = [gaps(RANK_STUDY, f"beyond rank={rank}", MILLIONS[0]) for rank in RANKS]
+    logs = np.log(RANKS)
+    return {seed: float(np.polyfit(logs, [found[seed] for found in by_rank], 1)[0]) for seed in by_rank[0]}
+
+
+def in_words(values: BySeed) -> str:
+    """Return mean and interval over seeds."""
+    found = paired_difference(values, dict.fromkeys(values, 0.0))
+    assert found is not None
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def draw(path: Path) -> None:
+    """Draw each arm's gaps against tokens, a line of the law for each size."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    colors = ("#c7781b", "#1f6fb4", "#7a4fa3")
+    with rc_context({"svg.hashsalt": "law", "svg.fonttype": "none", "font.size": 10}):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        for axes, arm in zip(figure.subplots(1, len(ARMS), sharey=True), ARMS, strict=True):
+            measured = points(arm)
+            law = fitted(measured)
+            sizes = sorted({point.parameters for point in measured})
+            lengths = np.geomspace(*sorted({point.tokens for point in measured})[:: len(MILLIONS) - 1], 20)
+            for size, color in zip(sizes, colors, strict=True):
+                told = [
+                    paired_difference(foretold(law, size, tokens), dict.fromkeys(law, 0.0))
+                    for tokens in lengths
+                ]
+                axes.plot(lengths, [t.mean for t in told if t], color=color, label=f"{size / 1e6:.2g} M")
+                lows, highs = [t.low for t in told if t], [t.high for t in told if t]
+                axes.fill_between(lengths, lows, highs, color=color, alpha=0.1, lw=0)
+                for point in (p for p in measured if p.parameters == size):
+                    values = list(point.gaps.values())
+                    axes.plot([point.tokens] * len(values), values, "o", ms=3, color=color, alpha=0.6)
+            axes.axhline(0, color="#333333", lw=1)
+            axes.set_xscale("log")
+            axes.set(xlabel="tokens", title=arm)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set(ylabel="held-out loss over full rank's by AdamW, nat")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Print the laws, and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    print("| arm | at 1 M parameters, 5 M tokens | per factor e of parameters | of tokens | worst residual |")
+    print("|---|---|---|---|---|")
+    for arm in ARMS:
+        measured = points(arm)
+        law = fitted(measured)
+        parts = [in_words({seed: float(found[i]) for seed, found in law.items()}) for i in range(3)]
+        print(f"| {arm} | {' | '.join(parts)} | {largest_residual(measured, law):+.3f} |")
+        for parameters, tokens in EXTRAPOLATED:
+            told = in_words(foretold(law, parameters, tokens))
+            print(f"  drawn out to {parameters / 1e6:g} M parameters, {tokens / 1e6:g} M tokens: {told}")
+    print(f"\nbeyond, per factor e of rank ({RANK_STUDY}, {RANKS}): {in_words(rank_slopes())}")
+    if arguments.plot:
+        draw(arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

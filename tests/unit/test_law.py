@@ -1,0 +1,55 @@
+"""The law of the gap: what it was made of comes out again, and what it cannot say is said."""
+
+import numpy as np
+import pytest
+
+from experiment_scripts import experiment_script
+
+SIZES, LENGTHS = (2.6e5, 1e6, 3.1e6), (2.5e6, 7.5e6)
+TRUE = {0: (-0.1, 0.02, -0.03), 1: (-0.12, 0.01, -0.02), 2: (-0.11, 0.03, -0.04)}
+
+
+@pytest.fixture(scope="module")
+def law():
+    return experiment_script("law")
+
+
+def made(law, *, bend=0.0):
+    return [
+        law.Point(
+            size,
+            tokens,
+            {
+                seed: float(np.dot(law.terms(size, tokens), abc)) + bend * (size == 1e6)
+                for seed, abc in TRUE.items()
+            },
+        )
+        for size in SIZES
+        for tokens in LENGTHS
+    ]
+
+
+def test_the_coefficients_of_each_seed_come_out_again(law):
+    measured = made(law)
+    found = law.fitted(measured)
+    for seed, abc in TRUE.items():
+        np.testing.assert_allclose(found[seed], abc, atol=1e-12)
+    assert law.largest_residual(measured, found) == pytest.approx(0, abs=1e-12)
+    # At the units both logarithms are 0.
+    at_units = law.foretold(found, law.UNIT_PARAMETERS, law.UNIT_TOKENS)
+    assert at_units == pytest.approx({seed: abc[0] for seed, abc in TRUE.items()})
+    larger = law.foretold(found, np.e * law.UNIT_PARAMETERS, law.UNIT_TOKENS)
+    assert {seed: larger[seed] - at_units[seed] for seed in TRUE} == pytest.approx(
+        {seed: abc[1] for seed, abc in TRUE.items()}
+    )
+
+
+def test_what_is_no_such_law_is_seen_in_the_residual(law):
+    measured = made(law, bend=0.3)
+    assert law.largest_residual(measured, law.fitted(measured)) > 0.1
+
+
+def test_only_seeds_that_every_point_has_are_fitted(law):
+    measured = made(law)
+    measured[0] = law.Point(SIZES[0], LENGTHS[0], {1: measured[0].gaps[1]})
+    assert list(law.fitted(measured)) == [1]
