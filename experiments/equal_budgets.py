@@ -49,7 +49,7 @@ PAIRS = (
         tuple((arm, 5) for arm in ("lora", "relora", "relora-B", "relora-paper")),
     ),
     Pair(
-        "prose, 3.1 M parameters outside embeddings and head",
+        "prose, 3.0 M parameters outside embeddings and head",
         ("main-3x-prose", 2),
         ("main-3x-prose", 7),
         (("beyond", 2), ("full-muon", 2), ("muon-in-place", 2), ("lora", 7)),

@@ -244,7 +244,7 @@ def test_a_warm_start_by_muon_is_muon_in_place_until_the_switch_which_frees_its_
         train.root,
         "muon-in-place",
         run={"out": str(tmp_path)},
-        optim={"lr": 2 * lr, "weight_decay": 0.0},
+        optim={"lr": 2 * lr, "weight_decay": 0.0},  # there the rate's, here lr's whatever the scale
         method={"adamw_lr": lr},
         checkpoint={"every": 4, "keep_last": 9},
     )

@@ -54,6 +54,8 @@ def recipe(**changes: Mapping[str, object]) -> Recipe:
 
 def measured(recipe: Recipe, *, low_rank: bool) -> dict[str, int]:
     """Train three steps and ask the allocator: the running sum of what it handed out and took back."""
+    if low_rank:
+        recipe = with_settings(recipe, {"relora.warm_start_steps": 0})
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = LlamaForCausalLM(llama_config(recipe.model, vocab_size=V))
@@ -63,6 +65,8 @@ def measured(recipe: Recipe, *, low_rank: bool) -> dict[str, int]:
             inject_factors(model, recipe)
         method = load_method(recipe.run.method)(Plan(recipe=recipe))
         optimizer = method.build_optimizer(model, "low_rank" if low_rank else "warm_start")
+        if low_rank:
+            method.attach(model, optimizer.adamw)
         loss = TokenLoss(model, chunk_tokens=recipe.train.loss_chunk_tokens)
         for step in (1, 2, 3):
             train_step_(
@@ -76,6 +80,7 @@ def measured(recipe: Recipe, *, low_rank: bool) -> dict[str, int]:
                 precision="bf16" if recipe.train.precision == "bf16" else "fp32",
                 clip_grad_norm=1.0,
             )
+            method.after_step(step)
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         states = [value for state in optimizer.adamw.state.values() for value in state.values()]
         held = {"gradients": gradients, "optimizer": sum(state.nbytes for state in states)}
@@ -263,6 +268,46 @@ def test_a_warm_start_by_muon_in_place_needs_less_than_adamws_and_the_plan_says_
         assert mine.run_peak_bytes < theirs.run_peak_bytes == usual.methods["full"].run_peak_bytes
         assert mine.warm_start_peak_bytes == mine.run_peak_bytes
         assert mine.run_speedup < theirs.run_speedup  # the iterations of its update
+
+
+@pytest.mark.parametrize(
+    ("relora", "low_rank"),
+    [
+        ({"warm_start_kind": "sign"}, False),
+        ({"warm_start_kind": "column"}, False),
+        ({"warm_start_kind": "muon"}, False),
+        ({"factors": "B", "residual": "column", "warm_start_steps": 0}, True),
+    ],
+)
+def test_what_passes_leave_is_held_from_micro_batch_to_micro_batch(
+    relora: dict[str, Any], low_rank: bool
+) -> None:
+    # So wide and with so few tokens that votes and sums are a large part of the peak.
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    train = {"batch_size": 3, "micro_batch_size": 1, "precision": "fp32"}
+    planned = recipe(model=wide, relora=relora, train=train)
+    told = footprint(planned, low_rank=low_rank, precision="fp32")
+    assert told.peak_bytes == pytest.approx(measured(planned, low_rank=low_rank)["peak"], rel=0.03)
+
+
+def test_a_start_in_place_is_planned_whatever_restarts_the_recipe_asks_for_in_vain() -> None:
+    relora = {"warm_start_steps": 8, "restart_every": 15}
+    idle = recipe(run={"method": "lora"}, relora={**relora, "warm_start_kind": "muon"})
+    usual = recipe(run={"method": "lora"}, relora=relora)
+    mine, theirs = (plan_run(each).methods["lora"] for each in (idle, usual))
+    assert mine.run_peak_bytes < theirs.run_peak_bytes
+
+
+def test_a_start_in_place_is_offered_before_a_cold_one() -> None:
+    planned = recipe(model={"hidden_size": 256, "intermediate_size": 512}, train={"micro_batch_size": 1})
+    in_place = with_settings(planned, {"relora.warm_start_kind": "muon"})
+    memory = plan_run(in_place).methods["relora, one-sided"].run_peak_bytes
+    found = plan_run(planned, memory_bytes=memory).methods["relora, one-sided"]
+    assert found.fits is False and found.settings is not None
+    assert found.settings["relora.warm_start_kind"] == "muon"
+    assert "relora.warm_start_steps" not in found.settings
+    already = plan_run(in_place, memory_bytes=memory).methods["relora, one-sided"]
+    assert already.fits is True and already.settings == {}
 
 
 def test_what_an_update_costs_is_shared_by_the_tokens_of_all_its_micro_batches() -> None:

@@ -156,6 +156,19 @@ def test_full_rank_run_can_switch_where_it_is_forked(home: Path) -> None:
     assert (summary["method"], summary["steps"], summary["restarts"]) == ("relora", 18, 2)
 
 
+def test_muon_in_place_can_switch_where_it_is_forked_but_not_to_other_matrices(home: Path) -> None:
+    muon = {"run": {"name": "muon", "method": "muon-in-place"}, "train": {"steps": 8}}
+    fit(tiny_recipe(home, **muon, optim={"lr": 4e-3}, method={"adamw_lr": 2e-3}))
+    relora = {"warm_start_steps": 9, "warm_start_kind": "muon", "warm_start_scale": 2.0}
+    wanted = {"run": {"name": "muon", "method": "relora"}, "relora": relora, "optim": {"lr": 2e-3}}
+    longer = {"train": {"steps": 14}, "schedule": {"rewarmup_steps": 0}}
+    other = {**wanted, "relora": {**relora, "targets": ("q_proj", "up_proj")}}
+    with pytest.raises(ConfigError, match=r"which matrices step in place stays .*leave out relora\.targets"):
+        fit(tiny_recipe(home, **other, **longer), fork="switched-muon")
+    summary = fit(tiny_recipe(home, **wanted, **longer), fork="switched-muon").summary
+    assert summary["switch"]["step"] == 9 and summary["restarts"] >= 1
+
+
 def test_reset_dropout_and_multiples_may_change_with_factors_in_place(home: Path) -> None:
     recipe = tiny_recipe(
         home,

@@ -1,6 +1,8 @@
 """Full rank without a gradient of the weight: the right step, nothing else kept, ranks alike."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from reference.beyond import majority, newton_schulz, unit_columns
 from relora import ConfigError
 from relora.method.in_place import InPlace
 from relora.train.fit import fit
+from relora.train.in_place_optimizer import InPlaceOptimizer
 from relora.train.methods import load_method
 from relora.train.phase import Plan
 from tiny_run import tiny_recipe
@@ -185,7 +188,32 @@ def test_a_warm_start_decays_weights_by_the_rate_and_not_by_its_scale(tmp_path, 
     for step in moved:
         size = step.abs().max() if kind == "sign" else step.square().mean().sqrt()
         assert size.item() == pytest.approx(5e-3 * scale, rel=1e-3)
-    assert method.state_dict() is None and method.step_refused(2) == ""
+    assert method.state_dict() == {"step": 1} and method.step_refused(2) == ""
+
+
+@pytest.mark.parametrize("kind", ["sign", "column", "muon"])
+def test_at_the_switch_nothing_of_a_warm_start_in_place_is_left(tmp_path, kind):
+    relora = {"warm_start_steps": 4, "warm_start_kind": kind}
+    method, model, optimizer, look = muon_in_place(tmp_path, "lora", relora=relora)
+    look(1)
+    optimizer.step()
+    targets = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert all(layer._forward_hooks and not layer.weight.requires_grad for layer in targets)
+    gc.collect()
+    gc.disable()  # what is left must be nothing's, not a cycle's
+    try:
+        gone = [weakref.ref(part) for part in optimizer.parts if isinstance(part, InPlaceOptimizer)]
+        optimizer.state.clear()
+        method.switch_(model)
+        optimizer = None
+        assert len(gone) == 1 and gone[0]() is None
+    finally:
+        gc.enable()
+    assert not any(layer._forward_hooks for layer in targets)
+    trained = method.build_optimizer(model, "low_rank").adamw
+    look(2)
+    trained.step()
+    assert not momenta_of(trained) and method.state_dict() is None
 
 
 def test_muon_in_place_does_not_compile(tmp_path):

@@ -109,8 +109,8 @@ class InPlace:
         assert RESIDUALS[kind].keeps_momentum == (momentum is not None)
         refuse_compiled(model, f"training by {kind!r} steps in place")
         self._kind, self._seed = kind, seed
-        self.weights = [PlainWeight(name, layer, momentum=momentum) for name, layer in layers.items()]
-        for weight in self.weights:
+        self._weights = [PlainWeight(name, layer, momentum=momentum) for name, layer in layers.items()]
+        for weight in self._weights:
             if weight.weight.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     f"training by {kind!r} steps in place needs weights in float32, but {weight.name} is "
@@ -119,7 +119,7 @@ class InPlace:
             weight.weight.requires_grad_(False)
         self._observers: dict[nn.Module, GradientObserver] = {}
         self._hooks = [
-            weight.layer.register_forward_hook(self._watch, with_kwargs=True) for weight in self.weights
+            weight.layer.register_forward_hook(self._watch, with_kwargs=True) for weight in self._weights
         ]
         self.begin(0)
 
@@ -138,8 +138,13 @@ class InPlace:
             weight.layer: GradientObserver(
                 weight, residual, seed=derived_seed(self._seed, steps_done, weight.name, "in place")
             )
-            for weight in self.weights
+            for weight in self._weights
         }
+
+    def hold_(self) -> None:
+        """Make what the next backward passes go into, which the first of them makes otherwise."""
+        for observer in self._observers.values():
+            _ = observer.held
 
     def drop(self, step: int) -> None:
         """Forget what was seen of a step that is not taken, and momenta that it has gone into."""
@@ -173,8 +178,10 @@ class InPlace:
         return report
 
     def release_(self) -> None:
-        """Give the weights back to autograd."""
+        """Give the weights back to autograd, and forget them."""
         for hook in self._hooks:
             hook.remove()
-        for weight in self.weights:
+        for weight in self._weights:
             weight.weight.requires_grad_(True)
+        self._weights.clear()
+        self._observers.clear()

@@ -11,6 +11,7 @@ from pathlib import Path
 from relora.checkpoint.manifest import read_manifest
 from relora.data.config import TRAIN_BPE
 from relora.train.config import OptimConfig, Recipe
+from relora.train.methods import STEPPED_BY
 from relora.train.recipe_io import changed_fields
 
 _FREE_WITH_FACTORS = {
@@ -83,6 +84,12 @@ def _violations_of_optimizer(
             f"at full rank {checkpoint} was trained by {by}, whose states are others than those of "
             f"{by_wanted}; leave out {', '.join(named)}"
         )
+    in_place = None if has_factors else wanted.warm_start_in_place
+    if in_place and (named := [name for name in changed if name in ("relora.targets", "relora.exclude")]):
+        found.append(
+            f"{checkpoint} holds the optimizer's groups: which matrices step in place stays as it is; leave "
+            f"out {', '.join(named)}"
+        )
     has_matrices = not has_factors and by == "adamw"
     if _division(before.optim, has_matrices) != _division(wanted.optim, has_matrices):
         named = [name for name in changed if name in ("optim.rest_lr_multiples", "optim.rest_beta2")]
@@ -95,11 +102,8 @@ def _violations_of_optimizer(
 
 def _trained_by(recipe: Recipe) -> str:
     """Return what trains the target matrices at full rank; each has states of its own."""
-    if not recipe.spec.has_switch:
-        return "adamw" if recipe.run.method == "full" else recipe.run.method
-    kind = recipe.relora.warm_start_kind
-    in_place = "Muon in place" if kind == "muon" else "steps without state"
-    return recipe.spec.warm_start if kind == "adamw" else in_place
+    kind = recipe.warm_start_in_place
+    return recipe.spec.warm_start if kind is None else STEPPED_BY[kind]
 
 
 def _division(optim: OptimConfig, has_matrices: bool) -> tuple[bool, ...]:

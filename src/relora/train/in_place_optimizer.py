@@ -9,6 +9,10 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from relora.method.in_place import InPlace, PlainWeight
 from relora.method.residuals import RESIDUALS
+from relora.method.targets import choose_targets
+from relora.train.config import Recipe
+from relora.train.joint import parts_of
+from relora.train.phase import Optimizer, beside_adamw, method_config
 
 _STATE = "momentum"
 
@@ -57,11 +61,9 @@ class InPlaceOptimizer(TorchOptimizer):
         momentum: Tensor = state[_STATE]
         return momentum
 
-    def make_states_(self) -> None:
-        """Make the momenta before the first step, which makes them otherwise."""
-        if self.keeps_momentum:
-            for weight in self._in_place.weights:
-                self._momentum(weight)
+    def hold_(self) -> None:
+        """Make momenta, or what a step's passes add up in, before the first pass does."""
+        self._in_place.hold_()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move every weight.
@@ -82,9 +84,9 @@ class InPlaceOptimizer(TorchOptimizer):
         self._steps_done = step
         return "Muon's momenta begin anew" if self.keeps_momentum else ""
 
-    def state_of_steps(self) -> dict[str, int] | None:
+    def state_of_steps(self) -> dict[str, int]:
         """Return what a checkpoint keeps beside momenta: what is rounded at random depends on the step."""
-        return {"step": self._steps_done} if self.keeps_momentum else None
+        return {"step": self._steps_done}
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_of_steps` returned."""
@@ -92,5 +94,33 @@ class InPlaceOptimizer(TorchOptimizer):
         self._in_place.begin(self._steps_done)
 
     def release_(self) -> None:
-        """Give the weights back to autograd."""
+        """Give the weights back to autograd, and forget them."""
         self._in_place.release_()
+
+
+def in_place_beside_adamw(
+    model: nn.Module, recipe: Recipe, *, kind: str, scale: float = 1.0, adamw_lr: float | None = None
+) -> tuple[Optimizer, InPlaceOptimizer]:
+    """Return the optimizer of a full-rank phase whose target layers step in place, and its part that does.
+
+    Args:
+        model: The plain model.
+        recipe: Of the run.
+        kind: One of RESIDUALS.
+        scale: As for `beside_adamw`.
+        adamw_lr: As for `beside_adamw`.
+
+    Raises:
+        ConfigError: as `choose_targets`, `beside_adamw` and `InPlace`.
+    """
+    layers = choose_targets(model, method_config(recipe)).layers
+    optimizer = beside_adamw(
+        model,
+        recipe,
+        layers,
+        by=lambda groups: InPlaceOptimizer(groups, model, layers, kind=kind, seed=recipe.run.seed),
+        scale=scale,
+        adamw_lr=adamw_lr,
+    )
+    (part,) = (part for part in parts_of(optimizer.adamw) if isinstance(part, InPlaceOptimizer))
+    return optimizer, part

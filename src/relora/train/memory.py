@@ -9,7 +9,7 @@ import torch
 from relora.errors import ConfigError
 from relora.log.units import size
 from relora.train.config import Recipe
-from relora.train.phase import momentum_bytes, num_parameters, state_bytes
+from relora.train.phase import momentum_bytes, num_in_place, num_parameters, state_bytes
 from relora.train.state import RunState
 
 _CPU = re.compile(r"DefaultCPUAllocator: can't allocate memory|not enough memory")
@@ -46,7 +46,8 @@ def _worded(recipe: Recipe, state: RunState | None, text: str) -> str:
     parts = [f"the memory of this device is not enough{wanted}"]
     if state is not None:
         trained = 4 * num_parameters(state.model, trainable=True)
-        expected = 2 * trained + momentum_bytes(state.model)
+        in_place = num_in_place(state.optimizer.adamw)
+        expected = 2 * trained + 2 * in_place + momentum_bytes(state.model)
         states = max(state_bytes(state.optimizer.adamw, state.model), expected)
         parts.append(
             f"weights take {size(4 * num_parameters(state.model))}, gradients {size(trained)}, optimizer "
@@ -69,9 +70,11 @@ def _remedies(recipe: Recipe) -> list[str]:
     if train.precision == "fp32":
         remedies.append('set train.precision = "bf16" where the hardware has it')
     remedies.append(f"lower data.seq_len (now {data.seq_len})")
-    if recipe.run.method == "full" or recipe.relora.warm_start_steps > 0:
+    in_place = recipe.warm_start_in_place is not None
+    if (recipe.run.method == "full" or recipe.relora.warm_start_steps > 0) and not in_place:
+        warm = ', set relora.warm_start_kind = "muon"' if recipe.spec.takes_variants else ""
         remedies.append(
-            "the full-rank phase holds gradients and two moments of every weight: begin with a shorter or no "
+            f"the full-rank phase holds gradients and two moments of every weight{warm}, or begin without a "
             "warm start from a trained model (model.init_from)"
         )
     remedies.append("take a smaller model")

@@ -6,6 +6,7 @@ this is the surface that a method of one's own may rely on.
 
 from relora.data.prepared import PreparedData
 from relora.method.factor_init import FACTOR_INITS, Draw
+from relora.method.gradient_observer import GradientObserver
 from relora.method.inject import lora_parameters
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import LayerMerge, MergeReport, merge_, reinit_
@@ -17,6 +18,7 @@ from relora.method.targets import choose_targets
 __all__ = [
     "FACTOR_INITS",
     "Draw",
+    "GradientObserver",
     "LayerMerge",
     "LoRALinear",
     "MergeReport",

@@ -48,11 +48,15 @@ class MethodSpec:
     restarts: bool = False
     """Whether relora.restart_every divides its second phase, and the learning rate with it."""
     takes_variants: bool = False
-    """Whether its factors and restarts are the trainer's own, which know Muon, a state-free warm start, and
-    what needs the base's gradient."""
+    """Whether its factors and restarts are the trainer's own, which know Muon, a warm start by steps in
+    place, and what needs the base's gradient."""
     warm_start: str = "adamw"
-    """What the warm start trains by: runs that differ only after the switch may share theirs."""
+    """What the full-rank phase trains by, whose states these are: runs that differ only after the switch may
+    share theirs, and a fork goes on with them."""
 
+
+STEPPED_BY = {"sign": "steps without state", "column": "steps without state", "muon": "Muon in place"}
+"""What trains the target matrices where they step in place, by relora.warm_start_kind, as `warm_start`."""
 
 _METHODS: dict[str, MethodSpec] = {}
 

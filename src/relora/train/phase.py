@@ -1,9 +1,10 @@
 """The two phases of a run, and the switch between them.
 
-At full rank AdamW trains every weight. At the switch the target weights freeze, their gradients and states
-are freed, and a new AdamW trains the factors beside what stays at full rank, each with its own learning rate.
-Of what stays (embeddings, head, norms, biases) it keeps the memory: nothing changes for them, and an Adam
-that has forgotten steps by its whole learning rate in every entry.
+At full rank AdamW trains every weight, or every one but those that step in place. At the switch the target
+weights freeze, their gradients and states are freed, and a new AdamW trains the factors beside what stays at
+full rank, each with its own learning rate. Of what stays (embeddings, head, norms, biases) it keeps the
+memory: nothing changes for them, and an Adam that has forgotten steps by its whole learning rate in every
+entry.
 """
 
 from collections.abc import Callable, Mapping
@@ -202,6 +203,12 @@ def carry_memory_(memory: Memory, optimizer: TorchOptimizer) -> int:
     known = [p for group in groups for p in group["params"] if p in memory]
     optimizer.state.update({p: memory[p] for p in known})
     return len(known)
+
+
+def num_in_place(optimizer: TorchOptimizer) -> int:
+    """Count the weights that an optimizer moves although autograd has no gradient of them."""
+    groups = optimizer.param_groups
+    return sum(p.numel() for group in groups for p in group["params"] if not p.requires_grad)
 
 
 def free_gradients_(model: nn.Module) -> None:

@@ -29,8 +29,8 @@ class StepResult:
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     is_applied: bool
-    """Whether the update was made; if not, weights and optimizer are bit for bit as before (the complement's
-    momentum, which the gradient has gone into, begins anew)."""
+    """Whether the update was made; if not, weights and optimizer are bit for bit as before (a momentum
+    of Muon in place or of the complement, which the gradient has gone into, begins anew)."""
     micro_losses: tuple[Tensor, ...]
     """Of this rank's micro batches, on the device."""
     flags: tuple[bool, ...]

@@ -21,15 +21,13 @@ from relora.data.prepared import PreparedData
 from relora.errors import OptimizerResetError
 from relora.method.restart import ReLoRA
 from relora.method.restart_report import RestartReport
-from relora.method.targets import choose_targets
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName
-from relora.train.in_place_optimizer import InPlaceOptimizer
+from relora.train.in_place_optimizer import InPlaceOptimizer, in_place_beside_adamw
 from relora.train.joint import parts_of
 from relora.train.phase import (
     Optimizer,
     Plan,
-    beside_adamw,
     build_optimizer,
     inject_factors,
     method_config,
@@ -103,18 +101,12 @@ class LowRank(TrainingMethod):
 
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """As `TrainingMethod`; a warm start by steps in place has them beside AdamW, the matrices first."""
-        kind, seed = self.recipe.warm_start_in_place, self.recipe.run.seed
+        kind = self.recipe.warm_start_in_place
         if phase != "warm_start" or kind is None:
             return super().build_optimizer(model, phase)
-        layers = choose_targets(model, method_config(self.recipe)).layers
-        optimizer = beside_adamw(
-            model,
-            self.recipe,
-            layers,
-            by=lambda groups: InPlaceOptimizer(groups, model, layers, kind=kind, seed=seed),
-            scale=self.recipe.relora.warm_start_scale,
+        optimizer, self.in_place = in_place_beside_adamw(
+            model, self.recipe, kind=kind, scale=self.recipe.relora.warm_start_scale
         )
-        (self.in_place,) = (part for part in parts_of(optimizer.adamw) if isinstance(part, InPlaceOptimizer))
         return optimizer
 
     def switch_(self, model: nn.Module) -> str:
@@ -129,11 +121,11 @@ class LowRank(TrainingMethod):
         return "" if self.in_place is None else self.in_place.refuse(step)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return what a warm start with momenta counts."""
+        """Return what a warm start by steps in place counts."""
         return None if self.in_place is None else self.in_place.state_of_steps()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a step of a warm start with momenta."""
+        """Go on from a step of a warm start by steps in place."""
         assert self.in_place is not None
         self.in_place.go_on_from(state)
 

@@ -13,13 +13,14 @@ from relora.lab.methods.options import (
     ScaleOptions,
     SwitchOptions,
 )
-from relora.train.methods import MethodSpec, register_method
+from relora.train.methods import STEPPED_BY, MethodSpec, register_method
 
 _HERE = "relora.lab.methods"
 
 for _spec in (
     MethodSpec(
         name="full-muon",
+        warm_start="full-muon",
         implementation=f"{_HERE}.muon:FullMuon",
         options=MuonOptions,
         has_switch=False,
@@ -27,6 +28,7 @@ for _spec in (
     ),
     MethodSpec(
         name="muon-in-place",
+        warm_start=STEPPED_BY["muon"],
         implementation=f"{_HERE}.muon_in_place:MuonInPlace",
         options=InPlaceOptions,
         has_switch=False,
@@ -34,6 +36,7 @@ for _spec in (
     ),
     MethodSpec(
         name="full-scale",
+        warm_start="full-scale",
         implementation=f"{_HERE}.scale:FullScale",
         options=ScaleOptions,
         has_switch=False,
@@ -41,6 +44,7 @@ for _spec in (
     ),
     MethodSpec(
         name="control",
+        warm_start="control",
         implementation=f"{_HERE}.control:Control",
         options=ControlOptions,
         has_switch=False,

@@ -12,10 +12,8 @@ from torch import nn
 
 from relora.lab.methods.options import InPlaceOptions
 from relora.train.groups import PhaseName
-from relora.train.in_place_optimizer import InPlaceOptimizer
-from relora.train.joint import parts_of
-from relora.train.method_parts import choose_targets
-from relora.train.phase import Optimizer, beside_adamw, method_config
+from relora.train.in_place_optimizer import InPlaceOptimizer, in_place_beside_adamw
+from relora.train.phase import Optimizer, num_in_place
 from relora.train.training_method import TrainingMethod
 
 
@@ -23,30 +21,22 @@ class MuonInPlace(TrainingMethod):
     """Muon in place on the target layers of the [relora] section, AdamW on everything else."""
 
     _muon: InPlaceOptimizer
-    _num_matrices: int
 
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """Return both optimizers as one: the matrices first."""
         del phase
-        options, seed = self.recipe.options, self.recipe.run.seed
+        options = self.recipe.options
         assert isinstance(options, InPlaceOptions)
-        layers = choose_targets(model, method_config(self.recipe)).layers
-        optimizer = beside_adamw(
-            model,
-            self.recipe,
-            layers,
-            by=lambda groups: InPlaceOptimizer(groups, model, layers, kind="muon", seed=seed),
-            adamw_lr=options.adamw_lr,
+        optimizer, self._muon = in_place_beside_adamw(
+            model, self.recipe, kind="muon", adamw_lr=options.adamw_lr
         )
-        (self._muon,) = (part for part in parts_of(optimizer.adamw) if isinstance(part, InPlaceOptimizer))
-        self._num_matrices = sum(layer.get_parameter("weight").numel() for layer in layers.values())
         return optimizer
 
     def step_refused(self, step: int) -> str:
         """Forget the step, and the momenta that it has gone into."""
         return self._muon.refuse(step)
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
         """Return the step."""
         return self._muon.state_of_steps()
 
@@ -57,4 +47,4 @@ class MuonInPlace(TrainingMethod):
     @property
     def num_in_place(self) -> int:
         """All weights of the matrices."""
-        return self._num_matrices
+        return num_in_place(self._muon)

@@ -43,8 +43,8 @@ class Footprint:
     gradients_bytes: int
     optimizer_bytes: int
     observed_bytes: int
-    """What relora.residual or init "gradient" keep of the base's gradient, from a layer's backward pass to
-    the end of the step."""
+    """What relora.residual, init "gradient" or a warm start by steps in place keep of a weight's gradient,
+    from a layer's backward pass to the end of the step."""
     casts_bytes: int
     """Copies of weights in the dtype of the products, at the end of a forward pass."""
     activations_bytes: int
@@ -96,6 +96,7 @@ def footprint(
         low_rank=low_rank,
         precision=precision,
         holds_gradients=devices > 1 or recipe.train.batch_size > rows * devices,
+        accumulates=recipe.train.batch_size > rows * devices,
         has_host=device != "cpu",
         chunk_tokens=_chunk_tokens(_plain(recipe), vocab_size, device),
     )

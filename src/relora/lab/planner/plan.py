@@ -1,7 +1,8 @@
 """A recipe's methods side by side before any of them runs, and what would make each fit into a memory.
 
-A run that warms up needs the memory of full rank until the switch, so a method's peak is the larger of its
-phases'. Speed is compared by counted FLOPs: what is expected where matrix products take all the time.
+A run that warms up needs the memory of full rank until the switch (or that of steps in place), so a method's
+peak is the larger of its phases'. Speed is compared by counted FLOPs: what is expected where matrix products
+take all the time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from relora.train.sections import ReLoRASection
 Settings = Mapping[str, Any]
 # Architectures that benchmarks/plan_accuracy.py compares with measurements.
 MEASURED = ("llama", "gpt2", "gemma2", "mistral", "opt", "qwen2")
+_OF_STEPS_IN_PLACE = ("rank", "targets", "exclude", "warm_start_kind", "warm_start_steps", "warm_start_scale")
 _LEAST_RANK = 32  # a base in 8 bits leaves little to win below it
 
 # name -> the settings that make the recipe train that way. With both factors there is no complement.
@@ -43,7 +45,7 @@ class MethodPlan:
     run_peak_bytes: int
     """The most of the whole run, its warm start included."""
     warm_start_peak_bytes: int
-    """What the run's peak is with a warm start of any length."""
+    """What the run's peak is with a warm start of any length, by AdamW where the recipe has none."""
     speedup: float
     """FLOPs of full rank over this method's, a token of this phase."""
     run_speedup: float
@@ -185,7 +187,8 @@ class Planner:
         if low_rank:
             method, section = "relora", replace(recipe.relora, warm_start_steps=0)
         elif recipe.warm_start_in_place is not None:
-            method, section = "relora", recipe.relora
+            method = "lora"
+            section = ReLoRASection(**{name: getattr(recipe.relora, name) for name in _OF_STEPS_IN_PLACE})
         same = replace(recipe, run=replace(recipe.run, method=method), relora=section)
         if (same, low_rank) not in self._known:
             self._known[same, low_rank] = footprint(same, low_rank=low_rank, **self._options)
@@ -217,7 +220,8 @@ class Planner:
                 is_kept = rows == recipe.train.micro_batch_size
                 changes = {**settings, **({} if is_kept else {"train.micro_batch_size": rows})}
                 return changes, least
-            if variant.switch_step == 0:  # with a warm start full rank decides, whatever else changes
+            # With a warm start by AdamW full rank decides, whatever else changes.
+            if variant.switch_step == 0 or variant.warm_start_in_place is not None:
                 least = min(least, self.peak(with_settings(variant, {"train.micro_batch_size": 1})))
         return None, least
 
@@ -269,22 +273,33 @@ def _remedies(recipe: Recipe) -> Iterator[Settings]:
     yield checkpointing
     if recipe.run.method == "full":
         return
-    cold: dict[str, Any] = {}
-    if recipe.relora.warm_start_steps > 0:
-        cold = {"relora.warm_start_steps": 0}
-        yield cold
-        yield checkpointing | cold
-    smallest: dict[str, Any] = checkpointing | cold
+    if recipe.switch_step:
+        in_place = recipe.warm_start_in_place is not None
+        if not in_place and recipe.spec.takes_variants and not recipe.train.compile:
+            start: dict[str, Any] = {"relora.warm_start_kind": "muon", "relora.warm_start_scale": 2.5}
+            yield start
+            yield from _smaller(recipe, checkpointing | start)
+        elif in_place:
+            yield from _smaller(recipe, checkpointing)
+        yield {"relora.warm_start_steps": 0}
+        yield from _smaller(recipe, checkpointing | {"relora.warm_start_steps": 0})
+    else:
+        yield from _smaller(recipe, checkpointing)
+
+
+def _smaller(recipe: Recipe, settings: dict[str, Any]) -> Iterator[Settings]:
+    """Yield settings alone, and with what makes the low-rank phase smaller and smaller."""
+    yield settings
     if recipe.relora.factors != "B":
-        smallest |= {"relora.factors": "B"}
-        yield smallest
+        settings = settings | {"relora.factors": "B"}
+        yield settings
     if recipe.relora.base_dtype == "keep":
         for dtype in ("bf16", "int8"):
-            smallest |= {"relora.base_dtype": dtype, "relora.master": "host"}
-            yield smallest
+            settings = settings | {"relora.base_dtype": dtype, "relora.master": "host"}
+            yield settings
     rank = recipe.relora.rank // 2
     while rank >= _LEAST_RANK:
-        yield smallest | {"relora.rank": rank}
+        yield settings | {"relora.rank": rank}
         rank //= 2
 
 

@@ -25,10 +25,18 @@ from relora.train.groups import PhaseName
 from relora.train.in_place_optimizer import InPlaceOptimizer
 from relora.train.joint import parts_of
 from relora.train.loss import TokenLoss
-from relora.train.method_parts import LoRALinear
+from relora.train.method_parts import GradientObserver, LoRALinear
 from relora.train.methods import load_method
 from relora.train.parallel import Processes
-from relora.train.phase import Optimizer, Plan, inject_factors, momenta, num_parameters, state_bytes
+from relora.train.phase import (
+    Optimizer,
+    Plan,
+    inject_factors,
+    momenta,
+    num_in_place,
+    num_parameters,
+    state_bytes,
+)
 from relora.train.precision import Resolved, autocast
 from relora.train.setup import enable_checkpointing_
 from relora.train.step import train_step_
@@ -65,6 +73,9 @@ class Circumstances:
     holds_gradients: bool
     """Whether gradients are there in the forward pass already: in all micro steps but a step's first, and
     under DDP always, whose buckets they live in."""
+    accumulates: bool
+    """Whether a step has several micro batches, so that votes and sums of the first are held in the forward
+    passes of the others."""
     has_host: bool
     """Whether the host's memory is another than the device's."""
     chunk_tokens: int
@@ -146,6 +157,8 @@ class _Run:
         live.label = OTHER
         if self.given.low_rank:
             self.method.attach(self.model, self.optimizer.adamw)
+        if self.given.accumulates:
+            self._hold_what_passes_leave()
         resting = Counter(live.bytes)
         batch = torch.zeros(rows, data.seq_len, dtype=torch.int64)
         with self._watched() as seen:
@@ -165,7 +178,7 @@ class _Run:
         states = state_bytes(self.optimizer.adamw, self.model)
         counts = Counter(
             total=num_parameters(self.model),
-            trainable=num_parameters(self.model, trainable=True) + self._num_in_place,
+            trainable=num_parameters(self.model, trainable=True) + num_in_place(self.optimizer.adamw),
             in_factors=sum(p.numel() for p in factors),
             flops=seen[_FLOPS],
             update_flops=update_flops,
@@ -222,22 +235,16 @@ class _Run:
         groups = self.optimizer.adamw.param_groups
         return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
-    @property
-    def _num_in_place(self) -> int:
-        """Entries of the weights that train without a gradient."""
-        groups = self.optimizer.adamw.param_groups
-        return sum(p.numel() for group in groups for p in group["params"] if not p.requires_grad)
-
     def _make_states(self) -> None:
         """Let the optimizer make its states, as its first step does."""
         for parameter in self._trained():
             parameter.grad = torch.empty_like(parameter)
         self.live.label = STATES
         for part in parts_of(self.optimizer.adamw):
-            if isinstance(part, InPlaceOptimizer):
-                part.make_states_()
-            else:
+            if not isinstance(part, InPlaceOptimizer):
                 cast(Any, part).step()
+            elif part.keeps_momentum:
+                part.hold_()
         self.optimizer.adamw.zero_grad(set_to_none=True)
 
     def _hold_gradients(self) -> None:
@@ -245,6 +252,17 @@ class _Run:
         for parameter in self._trained():
             parameter.grad = torch.empty_like(parameter)
         self.optimizer.adamw.zero_grad = _keep_gradients  # type: ignore[method-assign]
+
+    def _hold_what_passes_leave(self) -> None:
+        """Make what observers add up a step's micro batches in, as all of them but the first find it."""
+        self.live.label = BACKWARD
+        for part in parts_of(self.optimizer.adamw):
+            if isinstance(part, InPlaceOptimizer):
+                part.hold_()
+        for layer in self._wrapped():
+            for observer in layer.observers:
+                if isinstance(observer, GradientObserver):
+                    _ = observer.held
 
     @contextmanager
     def _watched(self) -> Iterator[Counter[str]]:
