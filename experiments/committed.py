@@ -5,19 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relora.lab.statistics import Difference, paired_difference
+
 HERE = Path(__file__).parent
 
 Cells = Mapping[int, Mapping[str, Any]]
 """Final cells of an arm, by seed."""
 
 
-def final_cells(study: str, arm: str, millions: int | None = None) -> Cells:
+def final_cells(study: str, arm: str, budget: str | None = None) -> Cells:
     """Return the finished final cells of an arm.
 
     Args:
         study: Its folder.
         arm: As the table names it.
-        millions: Whole millions of tokens of the length; None where the study has one length.
+        budget: The length as the table names it, such as "2.5 M tokens"; None where the study has one.
     """
     results = json.loads((HERE / study / "results" / "study.json").read_text(encoding="utf-8"))
     return {
@@ -26,5 +28,12 @@ def final_cells(study: str, arm: str, millions: int | None = None) -> Cells:
         if cell["arm"] == arm
         and cell["stage"] == "final"
         and cell["status"] == "finished"
-        and millions in (None, round(cell["tokens"] / 1e6 - 0.01))
+        and budget in (None, cell["budget"])
     }
+
+
+def over_seeds(values: Mapping[int, float]) -> Difference:
+    """Return mean and 95 % interval of differences that are paired by seed already."""
+    found = paired_difference(values, dict.fromkeys(values, 0.0))
+    assert found is not None
+    return found

@@ -20,9 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from committed import HERE, final_cells
-
-from relora.lab.statistics import paired_difference
+from committed import HERE, final_cells, over_seeds
 
 SPEEDS = HERE.parent / "benchmarks" / "results" / "gpu_1b.json"
 FULL_BYTES = 16
@@ -34,25 +32,30 @@ class Pair:
     """Where full rank stands at two lengths, and the arms that are measured by them."""
 
     title: str
-    short: tuple[str, int]
-    """Study and whole millions of tokens of full rank's shorter runs."""
-    long: tuple[str, int]
-    arms: tuple[tuple[str, int], ...]
+    short: tuple[str, str]
+    """Study and length of full rank's shorter runs."""
+    long: tuple[str, str]
+    arms: tuple[tuple[str, str], ...]
     """Arms of the longer runs' study, and at which of the two lengths."""
 
 
 PAIRS = (
     Pair(
         "source code, 1.0 M parameters outside embeddings and head",
-        ("warm-start", 2),
-        ("main-python", 5),
-        tuple((arm, 5) for arm in ("lora", "relora", "relora-B", "relora-paper")),
+        ("warm-start", "2 M tokens"),
+        ("main-python", "5 M tokens"),
+        tuple((arm, "5 M tokens") for arm in ("lora", "relora", "relora-B", "relora-paper")),
     ),
     Pair(
         "prose, 3.0 M parameters outside embeddings and head",
-        ("main-3x-prose", 2),
-        ("main-3x-prose", 7),
-        (("beyond", 2), ("full-muon", 2), ("muon-in-place", 2), ("lora", 7)),
+        ("main-3x-prose", "2.5 M tokens"),
+        ("main-3x-prose", "7.5 M tokens"),
+        (
+            ("beyond", "2.5 M tokens"),
+            ("full-muon", "2.5 M tokens"),
+            ("muon-in-place", "2.5 M tokens"),
+            ("lora", "7.5 M tokens"),
+        ),
     ),
 )
 
@@ -82,21 +85,20 @@ def same_memory_loss(cell: Mapping[str, Any], small: Mapping[str, Any], full: Ma
 
 def in_words(values: Mapping[int, float]) -> str:
     """Return mean and interval over seeds."""
-    found = paired_difference(values, dict.fromkeys(values, 0.0))
-    assert found is not None
+    found = over_seeds(values)
     return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def print_times(pair: Pair) -> None:
     """Print how fast arms would have to be."""
-    short, long = (final_cells(study, "full", millions) for study, millions in (pair.short, pair.long))
+    short, long = (final_cells(study, "full", budget) for study, budget in (pair.short, pair.long))
     print(f"\n### Time: {pair.title}\n")
     print(
         "| arm | M tokens | full rank's tokens at its loss, over its | as fast at least | after the switch |"
     )
     print("|---|---|---|---|---|")
-    for arm, millions in pair.arms:
-        cells = final_cells(pair.long[0], arm, millions)
+    for arm, budget in pair.arms:
+        cells = final_cells(pair.long[0], arm, budget)
         shares = {seed: time_share(cell, short[seed], long[seed]) for seed, cell in cells.items()}
         share = sum(shares.values()) / len(shares)
         after = ""

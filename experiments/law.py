@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from committed import final_cells
-
-from relora.lab.statistics import paired_difference
+from committed import final_cells, over_seeds
 
 STUDIES = ("law-64", "law-128", "main-3x-prose")
-MILLIONS = (2, 7)
+LENGTHS = ("2.5 M tokens", "7.5 M tokens")
 ARMS = ("beyond", "muon-in-place")
 UNIT_PARAMETERS, UNIT_TOKENS = 1e6, 5e6
 RANK_STUDY, RANKS = "law-128", (16, 32, 64)
@@ -43,16 +41,16 @@ class Point:
     gaps: BySeed
 
 
-def gaps(study: str, arm: str, millions: int) -> BySeed:
+def gaps(study: str, arm: str, length: str) -> BySeed:
     """Return an arm's loss over full rank's, by seed."""
-    full, mine = final_cells(study, "full", millions), final_cells(study, arm, millions)
-    assert len(mine) >= 3 and mine.keys() == full.keys(), (study, arm, millions, sorted(mine), sorted(full))
+    full, mine = final_cells(study, "full", length), final_cells(study, arm, length)
+    assert len(mine) >= 3 and mine.keys() == full.keys(), (study, arm, length, sorted(mine), sorted(full))
     return {seed: cell["loss"] - full[seed]["loss"] for seed, cell in mine.items()}
 
 
 def outside(study: str) -> int:
     """Return the parameters of a study's model outside embeddings and head."""
-    cell = final_cells(study, "full", MILLIONS[0])[0]
+    cell = final_cells(study, "full", LENGTHS[0])[0]
     recipe = cell["recipe"]
     return int(cell["parameters_total"]) - 2 * recipe["model.hidden_size"] * recipe["data.vocab_size"]
 
@@ -63,11 +61,11 @@ def points(arm: str) -> list[Point]:
     return [
         Point(
             outside(study),
-            final_cells(study, "full", millions)[0]["tokens"],
-            gaps(study, name.get(study, arm), millions),
+            final_cells(study, "full", length)[0]["tokens"],
+            gaps(study, name.get(study, arm), length),
         )
         for study in STUDIES
-        for millions in MILLIONS
+        for length in LENGTHS
     ]
 
 
@@ -103,15 +101,14 @@ def largest_residual(measured: Sequence[Point], law: Mapping[int, np.ndarray]) -
 
 def rank_slopes() -> BySeed:
     """Return by seed how the gap moves with ln(rank)."""
-    by_rank = [gaps(RANK_STUDY, f"beyond rank={rank}", MILLIONS[0]) for rank in RANKS]
+    by_rank = [gaps(RANK_STUDY, f"beyond rank={rank}", LENGTHS[0]) for rank in RANKS]
     logs = np.log(RANKS)
     return {seed: float(np.polyfit(logs, [found[seed] for found in by_rank], 1)[0]) for seed in by_rank[0]}
 
 
 def in_words(values: BySeed) -> str:
     """Return mean and interval over seeds."""
-    found = paired_difference(values, dict.fromkeys(values, 0.0))
-    assert found is not None
+    found = over_seeds(values)
     return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
@@ -127,14 +124,13 @@ def draw(path: Path) -> None:
             measured = points(arm)
             law = fitted(measured)
             sizes = sorted({point.parameters for point in measured})
-            lengths = np.geomspace(*sorted({point.tokens for point in measured})[:: len(MILLIONS) - 1], 20)
+            lengths = np.geomspace(*sorted({point.tokens for point in measured})[:: len(LENGTHS) - 1], 20)
             for size, color in zip(sizes, colors, strict=True):
-                told = [
-                    paired_difference(foretold(law, size, tokens), dict.fromkeys(law, 0.0))
-                    for tokens in lengths
-                ]
-                axes.plot(lengths, [t.mean for t in told if t], color=color, label=f"{size / 1e6:.2g} M")
-                lows, highs = [t.low for t in told if t], [t.high for t in told if t]
+                told = [over_seeds(foretold(law, size, tokens)) for tokens in lengths]
+                axes.plot(
+                    lengths, [t.mean for t in told], color=color, label=f"{size / 1e6:.2f} M parameters"
+                )
+                lows, highs = [t.low for t in told], [t.high for t in told]
                 axes.fill_between(lengths, lows, highs, color=color, alpha=0.1, lw=0)
                 for point in (p for p in measured if p.parameters == size):
                     values = list(point.gaps.values())

@@ -53,3 +53,21 @@ def test_only_seeds_that_every_point_has_are_fitted(law):
     measured = made(law)
     measured[0] = law.Point(SIZES[0], LENGTHS[0], {1: measured[0].gaps[1]})
     assert list(law.fitted(measured)) == [1]
+
+
+def test_gaps_and_sizes_are_those_of_a_committed_study(law):
+    # 5 layers of 224 with 608 between, of LLaMA, and their norms.
+    assert law.outside("main-3x-prose") == 5 * (4 * 224**2 + 3 * 224 * 608) + 11 * 224
+    table = (law.Path(law.__file__).parent / "main-3x-prose" / "results" / "table.md").read_text()
+    for length in law.LENGTHS:
+        told = table.partition(f"## {length}")[2]
+        (row,) = [line for line in told.partition("\n## ")[0].splitlines() if line.startswith("| beyond |")]
+        found = law.over_seeds(law.gaps("main-3x-prose", "beyond", length))
+        assert f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]" in row
+
+
+def test_the_picture_has_a_line_for_each_size(law, tmp_path, monkeypatch):
+    monkeypatch.setattr(law, "points", lambda arm: made(law))
+    law.draw(tmp_path / "law.svg")
+    drawn = (tmp_path / "law.svg").read_text()
+    assert all(f"{size / 1e6:.2f} M parameters" in drawn for size in SIZES)
