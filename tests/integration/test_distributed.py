@@ -32,8 +32,9 @@ def train_under_torchrun(recipe: Recipe, path: Path, *, processes: int) -> subpr
     )
 
 
-def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
+@pytest.mark.parametrize("relora", [{}, {"warm_start_kind": "muon"}])
+def test_two_ranks_equal_one_with_accumulation(tmp_path: Path, relora: dict[str, str]) -> None:
+    recipe = tiny_recipe(tmp_path, relora=relora)
     alone = fit(recipe).folder
     both = replace(recipe, run=replace(recipe.run, name="both"))
     done = train_under_torchrun(both, tmp_path / "both.toml", processes=2)
@@ -46,7 +47,8 @@ def test_two_ranks_equal_one_with_accumulation(tmp_path: Path) -> None:
         one, two = json.loads(left), json.loads(right)
         assert one.keys() == two.keys()
         for key in {"train/loss", "grad_norm", "eval/loss"} & one.keys():
-            assert two[key] == pytest.approx(one[key], rel=1e-4)
+            # Muon's momenta are rounded at random, on each rank by itself.
+            assert two[key] == pytest.approx(one[key], rel=1e-3 if relora else 1e-4)
     restarts = [
         [json.loads(line)["step"] for line in (path / "restarts.jsonl").read_text().splitlines()]
         for path in (alone, folder)
