@@ -47,6 +47,12 @@ PAIRS = (
         tuple((arm, "5 M tokens") for arm in ("lora", "relora", "relora-B", "relora-paper")),
     ),
     Pair(
+        "the same with all that helps at once",
+        ("combined", "2 M tokens"),
+        ("combined-5m", "5 M tokens"),
+        (("lora rank=32", "5 M tokens"), ("relora rank=32", "5 M tokens")),
+    ),
+    Pair(
         "prose, 3.0 M parameters outside embeddings and head",
         ("main-3x-prose", "2.5 M tokens"),
         ("main-3x-prose", "7.5 M tokens"),
@@ -110,12 +116,12 @@ def print_times(pair: Pair) -> None:
         print(f"| {arm} | {tokens:.1f} | {in_words(shares)} | {1 / share:.2f} | {after} |")
 
 
-def print_memory(study: str) -> None:
-    """Print where a smaller full rank in the same memory stands."""
-    small, full = (final_cells(study, arm) for arm in ("control", "full"))
+def print_memory(study: str, arms: Sequence[str], small_of: str | None = None) -> None:
+    """Print where a smaller full rank in the same memory stands; of another study on that text if need be."""
+    small, full = final_cells(small_of or study, "control"), final_cells(study, "full")
     print(f"\n### Memory: {study}, weights, gradients and states after the switch\n")
     print("| arm | MB | MB of full rank | loss over full rank of those MB |\n|---|---|---|---|")
-    for arm in ("control", "lora", "relora", "relora-B", "full-muon", "beyond"):
+    for arm in arms:
         cells = final_cells(study, arm)
         gaps = {seed: c["loss"] - same_memory_loss(c, small[seed], full[seed]) for seed, c in cells.items()}
         mine, whole = held_bytes(next(iter(cells.values()))), held_bytes(full[0])
@@ -132,7 +138,8 @@ def main() -> None:
     ratios = {name: rows[f"llama-1b, {name}, not compiled"]["sizes"][0] for name in ("one-sided", "auto")}
     print(", ".join(f"{name} {full['step_s'] / row['step_s']:.2f}" for name, row in ratios.items()))
     for study in ("main-python", "main-prose"):
-        print_memory(study)
+        print_memory(study, ("control", "lora", "relora", "relora-B", "full-muon", "beyond"))
+    print_memory("combined-5m", ("lora rank=32", "relora rank=32"), small_of="main-python")
 
 
 if __name__ == "__main__":
