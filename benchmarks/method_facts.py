@@ -77,7 +77,7 @@ def main() -> None:
     recipes = {
         "paper: rank 128, alpha 32, Kaiming": ReLoRAConfig.paper(),
         "alpha = rank, Kaiming": ReLoRAConfig(rank=128, alpha=128, init="kaiming"),
-        "orthonormal, scaling 1": ReLoRAConfig(rank=128, init="orthonormal"),
+        "orthonormal, scaling 1": ReLoRAConfig(rank=128, alpha=128, init="orthonormal"),
         "matched, factors='B'": ReLoRAConfig(rank=128, factors="B", scaling_rule="matched"),
     }
     grown = {

@@ -62,7 +62,7 @@ def layer_of(
     **settings: Any,
 ) -> LoRALinear:
     layer = LAYER_KINDS[kind](*shape).to(dtype)
-    inject(layer, ReLoRAConfig(rank=rank, **store, **settings))  # type: ignore[arg-type]
+    inject(layer, ReLoRAConfig(rank=rank, scaling_rule="alpha/r", **store, **settings))  # type: ignore[arg-type]
     assert isinstance(layer, LoRALinear)
     return layer
 

@@ -167,8 +167,8 @@ def fits(monkeypatch):
 
 def test_train_hands_the_resolved_recipe_to_the_trainer(fits, capsys):
     own = ["--overwrite", "llama-20m", "--fork", "other"]
-    assert main(["train", *own, "--train.tokens", "100_000_000", "--optim.lr=2e-3"]) == 143
-    overrides = {"train": {"tokens": 100_000_000}, "optim": {"lr": 2e-3}}
+    assert main(["train", *own, "--train.tokens", "300_000_000", "--optim.lr=2e-3"]) == 143
+    overrides = {"train": {"tokens": 300_000_000}, "optim": {"lr": 2e-3}}
     assert fits == [(load_recipe("llama-20m", overrides), True, "other")]
     assert capsys.readouterr().out == "training noise\n"
 

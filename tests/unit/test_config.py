@@ -13,7 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "rank": 128,
     "alpha": None,
     "factors": "both",
-    "scaling_rule": "alpha/r",
+    "scaling_rule": "auto",
     "kappa": 1.0,
     "dropout": 0.0,
     "targets": "all-linear",

@@ -122,7 +122,13 @@ def test_a_cycle_of_columns_at_scaling_1_is_full_ranks_adam_on_those_columns():
         return adamw(model, weight_decay=0.0)
 
     config = ReLoRAConfig(
-        rank=3, factors="B", init="columns", targets=("up",), restart_every=100, reset="none"
+        rank=3,
+        factors="B",
+        scaling_rule="alpha/r",
+        init="columns",
+        targets=("up",),
+        restart_every=100,
+        reset="none",
     )
     loop = Loop(config, tiny_model(torch.float64), plain_adam)
     chosen = loop.model.up.lora_A.detach().argmax(1).tolist()

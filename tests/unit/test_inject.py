@@ -34,7 +34,7 @@ from relora import (
     merge_and_reinit_,
 )
 
-R3 = ReLoRAConfig(rank=3)
+R3 = ReLoRAConfig(rank=3, scaling_rule="alpha/r")
 RULES = ("alpha/r", "rslora", "matched", "learned")
 
 

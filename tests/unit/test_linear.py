@@ -61,6 +61,8 @@ def test_forward_is_base_plus_delta(
     ("rule", "alpha", "wanted"),
     [
         ("alpha/r", None, 1.0),
+        ("auto", 32.0, 32 / 4),
+        ("auto", None, math.sqrt(9 / 4)),  # "matched" with orthonormal rows
         ("alpha/r", 32.0, 32 / 4),
         ("rslora", 32.0, 32 / math.sqrt(4)),
         ("rslora", None, 1.0),

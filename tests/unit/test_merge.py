@@ -24,7 +24,7 @@ from relora import LoRALinear, NonFiniteError, ReLoRAConfig, inject, merge_and_r
 from relora.method import base as base_module
 from relora.method.merge import merge_
 
-R3 = ReLoRAConfig(rank=3)
+R3 = ReLoRAConfig(rank=3, scaling_rule="alpha/r")
 SHAPES = [(5, 7, 3), (7, 5, 4), (2, 40, 1), (96, 64, 24)]  # in, out, rank
 BFLOAT16_HALF_ULP = 2**-8  # of a value: 8 significant bits
 
@@ -87,7 +87,7 @@ def test_the_function_is_preserved_over_many_restarts(rule: str, factors: str) -
 def test_the_function_of_a_bfloat16_model_moves_by_half_a_unit_in_the_last_place_of_a_weight() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 33)).bfloat16()
-    inject(model, ReLoRAConfig(rank=24))
+    inject(model, ReLoRAConfig(rank=24, scaling_rule="alpha/r"))
     train_factors_(model, std=0.02)
     x = torch.randn(50, 96).bfloat16()
     before, weights = model(x), {n: as_rows(m) + delta_of(m) for n, m in layers_of(model).items()}

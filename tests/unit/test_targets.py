@@ -72,7 +72,7 @@ def test_a_pattern_that_matches_nothing_warns_at_the_callers_line() -> None:
     [
         ({"merge_precision": "native"}, "native"),
         ({"scaling_rule": "matched", "alpha": 32.0}, "alpha has no effect"),
-        ({"kappa": 2.0}, "kappa has no effect"),
+        ({"kappa": 2.0, "alpha": 32.0}, "kappa has no effect"),
         ({"exclude": ("*nothing",)}, "matches no module"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 from relora.errors import ConfigError
 
 Factors = Literal["both", "B"]
-ScalingRule = Literal["alpha/r", "rslora", "matched", "learned"]
+ScalingRule = Literal["auto", "alpha/r", "rslora", "matched", "learned"]
 ResetMethod = Literal["zero", "random", "magnitude", "none", "transport"]
 ResetMask = Literal["coupled", "separate"]
 FactorInit = Literal["kaiming", "orthonormal", "cover", "columns", "gradient"]
@@ -32,12 +32,14 @@ class ReLoRAConfig:
     rank: int = 128
     """Rank r of one cycle's update; smaller than both sides of every target layer."""
     alpha: float | None = None
-    """Numerator of the scaling: alpha / rank (or alpha / sqrt(rank)); None means scaling 1.0."""
+    """Numerator of the scaling, alpha / rank or alpha / sqrt(rank). None leaves the scaling to "auto", and
+    with a rule that is named and needs it means scaling 1.0."""
     factors: Factors = "both"
     """Which factors train: "both" (the paper), or "B" with lora_A frozen and row-orthonormal in a cycle."""
-    scaling_rule: ScalingRule = "alpha/r"
+    scaling_rule: ScalingRule = "auto"
     """"alpha/r", "rslora" (alpha / sqrt(rank)), "matched" (the step in W that full rank would make), or
-    "learned" (one scalar a layer, starting at alpha / rank)."""
+    "learned" (one scalar a layer, starting at alpha / rank). "auto" is "alpha/r" where alpha is given and
+    else "matched", which trained better (docs/method.md)."""
     kappa: float = 1.0
     """Multiplier of the "matched" scaling."""
     dropout: float = 0.0
@@ -99,6 +101,13 @@ class ReLoRAConfig:
         violations = self._violations()
         if violations:
             raise ConfigError.from_violations("ReLoRAConfig", violations)
+
+    @property
+    def scaling_rule_in_force(self) -> str:
+        """The rule that "auto" stands for, or the one that was named."""
+        if self.scaling_rule != "auto":
+            return self.scaling_rule
+        return "matched" if self.alpha is None else "alpha/r"
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:

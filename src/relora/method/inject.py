@@ -166,8 +166,9 @@ def _warn_of_settings(config: ReLoRAConfig, choice: TargetChoice) -> None:
         )
     if config.scaling_rule == "matched" and config.alpha is not None:
         messages.append("alpha has no effect with scaling_rule='matched'; kappa is its multiplier")
-    if config.scaling_rule != "matched" and config.kappa != 1.0:
-        messages.append(f"kappa has no effect with scaling_rule={config.scaling_rule!r}")
+    rule = config.scaling_rule_in_force
+    if rule != "matched" and config.kappa != 1.0:
+        messages.append(f"kappa has no effect with scaling_rule={rule!r}")
     dtypes = {cast(Tensor, layer.weight).dtype for layer in choice.layers.values()}
     if config.master == "host" and config.base_dtype == "keep" and dtypes <= {torch.float32, torch.float64}:
         messages.append(

@@ -39,4 +39,4 @@ SCALING_RULES: dict[str, Callable[[ReLoRAConfig, int], float]] = {
 
 def initial_scaling(config: ReLoRAConfig, *, in_features: int) -> float:
     """Return the scaling of a layer with `in_features` inputs; for "learned", where it starts."""
-    return SCALING_RULES[config.scaling_rule](config, in_features)
+    return SCALING_RULES[config.scaling_rule_in_force](config, in_features)

@@ -18,40 +18,41 @@ Defect = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class BesideAdamW(MethodOptions):
-    """Of methods that step some matrices at optim.lr and leave the rest to AdamW."""
+class MuonOptions(MethodOptions):
+    """Muon on the hidden matrices at optim.lr; AdamW on embeddings, head, norms and biases."""
+
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    adamw_lr: float | None = None
+    """Peak learning rate of what AdamW trains; none means optim.lr."""
+
+    def violations(self) -> list[str]:
+        """Return what is wrong with these fields, in words."""
+        fits = 0 <= self.momentum < 1
+        return [
+            *unmet((fits, f"momentum must be at least 0 and below 1, not {self.momentum:g}")),
+            *_violations_of_adamw_lr(self.adamw_lr),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceOptions(MethodOptions):
+    """Muon on the hidden matrices at optim.lr, without a gradient of them; AdamW on the rest."""
 
     adamw_lr: float | None = None
     """Peak learning rate of what AdamW trains; none means optim.lr."""
 
     def violations(self) -> list[str]:
         """Return what is wrong with these fields, in words."""
-        rate = self.adamw_lr
-        return unmet((rate is None or rate > 0, f"adamw_lr must be above 0, not {rate}"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MuonOptions(BesideAdamW):
-    """Muon on the hidden matrices at optim.lr; AdamW on embeddings, head, norms and biases."""
-
-    momentum: float = 0.95
-    """Decay of Muon's momentum."""
-
-    def violations(self) -> list[str]:
-        """Return what is wrong with these fields, in words."""
-        fits = 0 <= self.momentum < 1
-        return super().violations() + unmet(
-            (fits, f"momentum must be at least 0 and below 1, not {self.momentum:g}")
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InPlaceOptions(BesideAdamW):
-    """Muon on the hidden matrices at optim.lr, without a gradient of them; AdamW on the rest."""
+        return _violations_of_adamw_lr(self.adamw_lr)
 
     def cross_violations(self, recipe: "Recipe") -> list[str]:
         """Refuse what cannot see gradients go by."""
         return unmet((not recipe.train.compile, "train.compile must be false: muon-in-place is eager only"))
+
+
+def _violations_of_adamw_lr(rate: float | None) -> list[str]:
+    return unmet((rate is None or rate > 0, f"adamw_lr must be above 0, not {rate}"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,36 @@
+"""The committed results are of the committed studies, which would go on from them and run nothing again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment_scripts import EXPERIMENTS
+from relora.lab.gather import earlier_outcomes
+from relora.lab.plan import Planner
+from relora.lab.study_file import read_study
+
+RESULTS = sorted(EXPERIMENTS.glob("*/results/study.json"))
+
+
+def test_there_are_studies():
+    assert len(RESULTS) > 10
+
+
+@pytest.mark.parametrize("results", RESULTS, ids=[path.parents[1].name for path in RESULTS])
+def test_every_cell_of_the_results_is_one_of_the_study_as_its_file_stands(results, tmp_path):
+    """A default or the order of fields that changes makes every recipe another, to be run again."""
+    content = json.loads(results.read_text())
+    kept = earlier_outcomes(content)
+    planner, outcomes = Planner(read_study(results.parents[1] / "study.toml"), Path(tmp_path)), {}
+    while True:
+        plan = planner.plan(outcomes)
+        names = {cell.name for cell in plan.cells}
+        if not (new := {name: kept[name] for name in names & kept.keys() - outcomes.keys()}):
+            break
+        outcomes |= new
+    assert {row["name"] for row in content["cells"]} <= names
+    not_run = names - kept.keys()
+    assert not plan.waiting or not_run
+    listed = (results.parent / "table.md").read_text()
+    assert ("not there yet" in listed) == bool(not_run)
