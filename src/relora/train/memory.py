@@ -70,12 +70,13 @@ def _remedies(recipe: Recipe) -> list[str]:
     if train.precision == "fp32":
         remedies.append('set train.precision = "bf16" where the hardware has it')
     remedies.append(f"lower data.seq_len (now {data.seq_len})")
-    in_place = recipe.warm_start_in_place is not None
-    if (recipe.run.method == "full" or recipe.relora.warm_start_steps > 0) and not in_place:
-        warm = ', set relora.warm_start_kind = "muon"' if recipe.spec.takes_variants else ""
+    is_by_adamw = recipe.run.method == "full" or recipe.relora.warm_start_steps > 0
+    if is_by_adamw and recipe.warm_start_in_place is None:
+        in_place = 'set relora.warm_start_kind = "muon" and relora.warm_start_scale = 2.5, or '
         remedies.append(
-            f"the full-rank phase holds gradients and two moments of every weight{warm}, or begin without a "
-            "warm start from a trained model (model.init_from)"
+            "the full-rank phase holds gradients and two moments of every weight: "
+            f"{in_place if recipe.spec.takes_variants else ''}begin without a warm start from a trained "
+            "model (model.init_from)"
         )
     remedies.append("take a smaller model")
     return remedies

@@ -65,7 +65,7 @@ class ReLoRASection(ReLoRAConfig):
     those of `residual`: "sign" and "column" without state, "muon" with 2 bytes a weight. run.method "relora"
     and "lora" only."""
     warm_start_scale: float = 1.0
-    """Size of a warm start's steps in place, over optim.lr."""
+    """Size of a warm start's steps in place, over optim.lr; for "muon" 2.5 did best (docs/beyond.md)."""
 
     def __post_init__(self) -> None:
         """Leave the complaints to the recipe, which gives them together with those of other sections."""
