@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,21 @@ def final_cells(study: str, arm: str, budget: str | None = None) -> Cells:
         arm: As the table names it.
         budget: The length as the table names it, such as "2.5 M tokens"; None where the study has one.
     """
-    results = json.loads((HERE / study / "results" / "study.json").read_text(encoding="utf-8"))
     return {
         cell["seed"]: cell
-        for cell in results["cells"]
+        for cell in _cells(study)
         if cell["arm"] == arm
         and cell["stage"] == "final"
         and cell["status"] == "finished"
         and budget in (None, cell["budget"])
     }
+
+
+@cache
+def _cells(study: str) -> list[dict[str, Any]]:
+    results = json.loads((HERE / study / "results" / "study.json").read_text(encoding="utf-8"))
+    cells: list[dict[str, Any]] = results["cells"]
+    return cells
 
 
 def over_seeds(values: Mapping[int, float]) -> Difference:

@@ -26,6 +26,8 @@ LENGTHS = ("2.5 M tokens", "7.5 M tokens")
 ARMS = ("beyond", "muon-in-place")
 UNIT_PARAMETERS, UNIT_TOKENS = 1e6, 5e6
 RANK_STUDY, RANKS = "law-128", (16, 32, 64)
+NAMES = {(RANK_STUDY, "beyond"): f"beyond rank={RANKS[1]}"}
+"""Arms that a study calls otherwise."""
 EXTRAPOLATED = ((10e6, 7.5e6), (100e6, 2e9))
 """Parameters and tokens to which the law is drawn out, with the caution that it deserves."""
 
@@ -57,12 +59,11 @@ def outside(study: str) -> int:
 
 def points(arm: str) -> list[Point]:
     """Return an arm's gaps at every size and length."""
-    name = {"beyond": {"law-128": f"beyond rank={RANKS[1]}"}}.get(arm, {})
     return [
         Point(
             outside(study),
             final_cells(study, "full", length)[0]["tokens"],
-            gaps(study, name.get(study, arm), length),
+            gaps(study, NAMES.get((study, arm), arm), length),
         )
         for study in STUDIES
         for length in LENGTHS
@@ -124,7 +125,8 @@ def draw(path: Path) -> None:
             measured = points(arm)
             law = fitted(measured)
             sizes = sorted({point.parameters for point in measured})
-            lengths = np.geomspace(*sorted({point.tokens for point in measured})[:: len(LENGTHS) - 1], 20)
+            tokens_run = [point.tokens for point in measured]
+            lengths = np.geomspace(min(tokens_run), max(tokens_run), 20)
             for size, color in zip(sizes, colors, strict=True):
                 told = [over_seeds(foretold(law, size, tokens)) for tokens in lengths]
                 axes.plot(

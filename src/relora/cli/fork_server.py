@@ -54,9 +54,8 @@ def serve(requests: socket.socket) -> tuple[list[str], int] | None:
         log, lock, notice = descriptors
         try:
             pid = os.fork()
-        except (
-            OSError
-        ) as error:  # no memory, or too many processes: this command fails, those to come may not
+        except OSError as error:
+            # No memory, or too many processes: this command fails, those to come may not.
             os.write(log, f"relora: no process could be forked: {error}\n".encode())
             _tell(notice, "ended 1")
             pid = -1
@@ -101,9 +100,8 @@ def main(words: Sequence[str]) -> int:
     Raises:
         RuntimeError: if an import has begun to use a GPU, which no fork could go on with.
     """
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # ignored, as it may be inherited, nobody could wait for forks
+    # Ignored, as it may be inherited, nobody could wait for forks.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=int(words[0])) as requests:
         for module in _NEEDED:
             import_module(module)

@@ -123,7 +123,7 @@ class Cell:
         }
         relora = recipe.relora
         kind: list[object] = [recipe.spec.warm_start]
-        if relora.warm_start_kind != "adamw":
+        if recipe.warm_start_in_place is not None:
             kind += [relora.warm_start_kind, relora.warm_start_scale, relora.targets, relora.exclude]
         return _digest([*kind, recipe.switch_step, kept])
 

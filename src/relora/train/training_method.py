@@ -25,14 +25,7 @@ from relora.train.config import Recipe
 from relora.train.groups import PhaseName
 from relora.train.in_place_optimizer import InPlaceOptimizer, in_place_beside_adamw
 from relora.train.joint import parts_of
-from relora.train.phase import (
-    Optimizer,
-    Plan,
-    build_optimizer,
-    inject_factors,
-    method_config,
-    momenta,
-)
+from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config, momenta
 
 
 class TrainingMethod:

@@ -273,33 +273,32 @@ def _remedies(recipe: Recipe) -> Iterator[Settings]:
     yield checkpointing
     if recipe.run.method == "full":
         return
+    starts: list[Settings] = [{}]
     if recipe.switch_step:
-        in_place = recipe.warm_start_in_place is not None
-        if not in_place and recipe.spec.takes_variants and not recipe.train.compile:
-            start: dict[str, Any] = {"relora.warm_start_kind": "muon", "relora.warm_start_scale": 2.5}
+        starts = [{"relora.warm_start_steps": 0}]
+        if recipe.warm_start_in_place is not None:
+            starts.insert(0, {})
+        elif recipe.spec.takes_variants and not recipe.train.compile:
+            starts.insert(0, {"relora.warm_start_kind": "muon", "relora.warm_start_scale": 2.5})
+    for start in starts:
+        if start:
             yield start
-            yield from _smaller(recipe, checkpointing | start)
-        elif in_place:
-            yield from _smaller(recipe, checkpointing)
-        yield {"relora.warm_start_steps": 0}
-        yield from _smaller(recipe, checkpointing | {"relora.warm_start_steps": 0})
-    else:
-        yield from _smaller(recipe, checkpointing)
+            yield {**checkpointing, **start}
+        yield from _smaller(recipe, {**checkpointing, **start})
 
 
-def _smaller(recipe: Recipe, settings: dict[str, Any]) -> Iterator[Settings]:
-    """Yield settings alone, and with what makes the low-rank phase smaller and smaller."""
-    yield settings
+def _smaller(recipe: Recipe, settings: Settings) -> Iterator[Settings]:
+    """Yield settings with what makes the low-rank phase smaller and smaller."""
     if recipe.relora.factors != "B":
-        settings = settings | {"relora.factors": "B"}
+        settings = {**settings, "relora.factors": "B"}
         yield settings
     if recipe.relora.base_dtype == "keep":
         for dtype in ("bf16", "int8"):
-            settings = settings | {"relora.base_dtype": dtype, "relora.master": "host"}
+            settings = {**settings, "relora.base_dtype": dtype, "relora.master": "host"}
             yield settings
     rank = recipe.relora.rank // 2
     while rank >= _LEAST_RANK:
-        yield settings | {"relora.rank": rank}
+        yield {**settings, "relora.rank": rank}
         rank //= 2
 
 

@@ -135,10 +135,7 @@ class _Run:
         self._begin("start")
         live.label = WEIGHTS
         as_fake_(self.model)
-        is_plain = not given.low_rank and recipe.warm_start_in_place is None
-        self.method: TrainingMethod = load_method("full" if is_plain else recipe.run.method)(
-            Plan(recipe=recipe)
-        )
+        self.method: TrainingMethod = load_method(recipe.run.method)(Plan(recipe=recipe))
         if given.low_rank:
             inject_factors(self.model, recipe)
         self._sort_weights()
@@ -146,7 +143,7 @@ class _Run:
         self.loss = TokenLoss(model, chunk_tokens=0)
         self.loss.chunk_tokens = given.chunk_tokens
         live.begin()
-        phase: PhaseName = "low_rank" if given.low_rank else "full" if is_plain else "warm_start"
+        phase: PhaseName = "low_rank" if given.low_rank else "warm_start"  # which is "full" without a switch
         self.optimizer: Optimizer = self.method.build_optimizer(self.model, phase)
 
     def trace(self, restart_extra: Counter[str] | None) -> Trace:
