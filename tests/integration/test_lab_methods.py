@@ -263,6 +263,26 @@ def test_a_warm_start_by_muon_is_muon_in_place_until_the_switch_which_frees_its_
     assert kept["lm_head.weight/step"] == 12  # AdamW's memory of the rest goes on
 
 
+@pytest.mark.parametrize("name", ["relora muon start", "relora muon transport", "muon-in-place", "relora"])
+def test_every_line_says_what_moved_without_a_gradient_of_autograds(train, name):
+    effects = {"low_rank": "complement", "warm_start": "in_place", "full": "in_place"}
+    expected = {"relora muon start": {"warm_start"}, "relora muon transport": {"low_rank"}, "relora": set()}
+    for line in lines(train(name) / "metrics.jsonl"):
+        found = {key: value for key, value in line.items() if key.endswith("/moved_fraction")}
+        if line["phase"] not in expected.get(name, {"full"}):
+            assert not found
+            continue
+        effect = effects[line["phase"]]
+        does_move = line["lr"] > 0  # the first step of a warm-up or a re-warm does not
+        assert found == {f"{effect}/moved_fraction": pytest.approx(float(does_move), abs=0.05)}
+        assert (line[f"{effect}/step_rms"] > 0) == does_move and line[f"{effect}/num_non_finite"] == 0
+
+
+def test_a_step_in_place_that_moves_nothing_is_told(tmp_path, capsys):
+    fit(tiny(tmp_path, "muon-in-place", optim={"lr": 1e-30, "weight_decay": 0.0}, train={"steps": 3}))
+    assert "step 2 has moved no weight in place" in capsys.readouterr().err
+
+
 def test_a_plateau_ends_the_warm_start_is_recorded_and_taken_alike_on_resume(train, tmp_path, monkeypatch):
     whole = train("relora plateau")
     switch = summary_of(whole)["switch"]

@@ -83,6 +83,11 @@ class ComplementReport:
         """Bytes that this rank handed to the all-reduce."""
         return sum(layer.shared_bytes for layer in self.layers)
 
+    def as_metrics(self) -> dict[str, float]:
+        """Return what the log of a step should have: how much moved, how far, and what cast no vote."""
+        names = ("moved_fraction", "step_rms", "num_non_finite")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def _entries(self) -> int:
         return sum(layer.entries for layer in self.layers)

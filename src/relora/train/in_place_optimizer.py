@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
+from relora.method.complement_report import ComplementReport
 from relora.method.in_place import InPlace, PlainWeight
 from relora.method.residuals import RESIDUALS
 from relora.method.targets import choose_targets
@@ -29,6 +30,9 @@ class InPlaceOptimizer(TorchOptimizer):
 
     Raises:
         ConfigError: as `InPlace`.
+
+    Attributes:
+        report: What the last step did; None before the first.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class InPlaceOptimizer(TorchOptimizer):
         super().__init__(groups, {})
         self._residual = RESIDUALS[kind]
         self._steps_done = 0
+        self.report: ComplementReport | None = None
         self._in_place = InPlace(
             model, layers, kind=kind, momentum=self._momentum if self.keeps_momentum else None, seed=seed
         )
@@ -74,7 +79,7 @@ class InPlaceOptimizer(TorchOptimizer):
         assert closure is None
         (group,) = self.param_groups
         keep = 1 - group["lr"] * group["weight_decay"]
-        self._in_place.step_(self._steps_done + 1, size=group["lr"], keep=keep)
+        self.report = self._in_place.step_(self._steps_done + 1, size=group["lr"], keep=keep)
         self._steps_done += 1
         return None
 

@@ -110,6 +110,7 @@ class Reporter:
             "restart_index": progress.restarts,
             "phase": self._state.phase,
             **(progress.evaluated if is_evaluated else {}),
+            **self._effects(),
             **self._ending(progress.step),
         }
         progress.loss_sum, progress.loss_steps = 0.0, 0
@@ -119,6 +120,20 @@ class Reporter:
             sink.log(record)
         if self._console is not None:
             self._console.log(record)
+
+    def _effects(self) -> dict[str, float]:
+        """Return what a step did without a gradient of autograd's; say so where it is not as it should be."""
+        metrics: dict[str, float] = {}
+        if self._console is None:
+            return metrics
+        for name, report in self._state.method.step_effects().items():
+            measured = report.as_metrics()
+            metrics |= {f"{name}/{key}": value for key, value in measured.items()}
+            if not measured["moved_fraction"] and self._state.optimizer.lr:
+                self.say(f"step {report.step} has moved no weight {name.replace('_', ' ')}")
+            if bad := measured["num_non_finite"]:
+                self.say(f"step {report.step}: {bad:.0f} entries of gradients, not finite, move nothing")
+        return metrics
 
     def _ending(self, step: int) -> dict[str, float]:
         """Return what ended a warm start before its time, where that was in this step."""

@@ -5,6 +5,7 @@
     after_backward                 in every step, between the gradients and their clipping
     step_refused                   where a step was not finite, before its after_step
     after_step                     in every step, after the update and before logs and checkpoints
+    step_effects                   where a step is logged
     state_dict, load_state_dict    in checkpoints, beside the model's, the optimizer's and the random states
 
 `TrainingMethod` itself is full rank; each other changes what differs. Whatever a method draws it derives from
@@ -19,13 +20,22 @@ from torch.optim import Optimizer as TorchOptimizer
 
 from relora.data.prepared import PreparedData
 from relora.errors import OptimizerResetError
+from relora.method.complement_report import ComplementReport
 from relora.method.restart import ReLoRA
 from relora.method.restart_report import RestartReport
 from relora.train.config import Recipe
 from relora.train.groups import PhaseName
 from relora.train.in_place_optimizer import InPlaceOptimizer, in_place_beside_adamw
 from relora.train.joint import parts_of
-from relora.train.phase import Optimizer, Plan, build_optimizer, inject_factors, method_config, momenta
+from relora.train.phase import (
+    Optimizer,
+    Plan,
+    build_optimizer,
+    inject_factors,
+    method_config,
+    momenta,
+    num_in_place,
+)
 
 
 class TrainingMethod:
@@ -67,6 +77,10 @@ class TrainingMethod:
     def after_step(self, step: int) -> RestartReport | None:
         """Do what follows the update of a step; return the report of a restart if there was one."""
 
+    def step_effects(self) -> Mapping[str, ComplementReport]:
+        """Return what the last step taken did without a gradient of autograd's, by the name in the log."""
+        return {}
+
     def catch_up(self) -> RestartReport | None:
         """Do the restart that a shorter run left out at its end, where a longer one goes on."""
 
@@ -86,11 +100,38 @@ class TrainingMethod:
         return {}
 
 
-class LowRank(TrainingMethod):
-    """Factors beside frozen weights, trained beside what stays at full rank."""
+class SteppedInPlace(TrainingMethod):
+    """Full rank, whose target matrices may step in place, beside AdamW for everything else."""
 
     in_place: InPlaceOptimizer | None = None
-    """What trains the target matrices in a warm start by steps in place."""
+    """What trains the target matrices, where they step in place."""
+
+    def step_refused(self, step: int) -> str:
+        """Let what was seen of the step move nothing."""
+        return "" if self.in_place is None else self.in_place.refuse(step)
+
+    def step_effects(self) -> Mapping[str, ComplementReport]:
+        """Return what the step in place moved."""
+        report = None if self.in_place is None else self.in_place.report
+        return {} if report is None else {"in_place": report}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what steps in place count."""
+        return None if self.in_place is None else self.in_place.state_of_steps()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a step in place."""
+        assert self.in_place is not None
+        self.in_place.go_on_from(state)
+
+    @property
+    def num_in_place(self) -> int:
+        """All weights of the matrices that step in place."""
+        return 0 if self.in_place is None else num_in_place(self.in_place)
+
+
+class LowRank(SteppedInPlace):
+    """Factors beside frozen weights, trained beside what stays at full rank."""
 
     def build_optimizer(self, model: nn.Module, phase: PhaseName) -> Optimizer:
         """As `TrainingMethod`; a warm start by steps in place has them beside AdamW, the matrices first."""
@@ -108,19 +149,6 @@ class LowRank(TrainingMethod):
             self.in_place.release_()
             self.in_place = None
         return str(inject_factors(model, self.recipe))
-
-    def step_refused(self, step: int) -> str:
-        """Let what was seen of the step move nothing."""
-        return "" if self.in_place is None else self.in_place.refuse(step)
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return what a warm start by steps in place counts."""
-        return None if self.in_place is None else self.in_place.state_of_steps()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a step of a warm start by steps in place."""
-        assert self.in_place is not None
-        self.in_place.go_on_from(state)
 
 
 class Restarting(LowRank):
@@ -145,7 +173,7 @@ class Restarting(LowRank):
         self._keeps_momentum = bool(momenta(model))
 
     def step_refused(self, step: int) -> str:
-        """As `LowRank`; and the complement's momentum, which the step has gone into, is forgotten."""
+        """As `SteppedInPlace`; and the complement's momentum, which the step has gone into, is forgotten."""
         if self.restarter is None:
             return super().step_refused(step)
         self._was_taken = False
@@ -164,16 +192,23 @@ class Restarting(LowRank):
         # A cycle whose last steps were not taken may be still.
         return refuse_dead_cycle(report) if was_taken else report
 
+    def step_effects(self) -> Mapping[str, ComplementReport]:
+        """Return what the step on the complement moved; before the switch as `SteppedInPlace`."""
+        if self.restarter is None:
+            return super().step_effects()
+        report = self.restarter.complement_report
+        return {} if report is None else {"complement": report}
+
     def catch_up(self) -> RestartReport | None:
         """As `ReLoRA.catch_up`."""
         return None if self.restarter is None else refuse_dead_cycle(self.restarter.catch_up())
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the restart counters; before the switch as `LowRank`."""
+        """Return the restart counters; before the switch as `SteppedInPlace`."""
         return super().state_dict() if self.restarter is None else self.restarter.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the restart counters, or what `LowRank` keeps."""
+        """Take over the restart counters, or what `SteppedInPlace` keeps."""
         if self.restarter is None:
             super().load_state_dict(state)
         else:
