@@ -1,13 +1,14 @@
 """The committed results are of the committed studies, which would go on from them and run nothing again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from experiment_scripts import EXPERIMENTS
 from relora.lab.gather import earlier_outcomes
-from relora.lab.plan import Planner
+from relora.lab.plan import Planner, predicted
 from relora.lab.study_file import read_study
 
 RESULTS = sorted(EXPERIMENTS.glob("*/results/study.json"))
@@ -34,3 +35,14 @@ def test_every_cell_of_the_results_is_one_of_the_study_as_its_file_stands(result
     assert not plan.waiting or not_run
     listed = (results.parent / "table.md").read_text()
     assert ("not there yet" in listed) == bool(not_run)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["whole", "like another"])
+def test_the_examples_of_the_docs_are_studies(tmp_path, index):
+    markdown = (EXPERIMENTS.parent / "docs" / "laboratory.md").read_text()
+    example = re.findall(r"^```toml\n(\[study\].*?)^```$", markdown, re.MULTILINE | re.DOTALL)[index]
+    for beside in ("base.toml", "main-python"):
+        (tmp_path / beside).symlink_to(EXPERIMENTS / beside)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study.toml").write_text(example)
+    assert predicted(read_study(tmp_path / "mine" / "study.toml"), tmp_path)
