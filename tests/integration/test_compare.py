@@ -16,6 +16,7 @@ from relora.checkpoint.store import load_checkpoint
 from relora.cli.main import main
 from relora.lab.cell_files import try_lock
 from relora.lab.plan import predicted
+from relora.lab.results import arm_results
 from relora.lab.study_file import read_study
 from relora.train.fit import fit
 from relora.train.recipe_io import load_recipe, resolve
@@ -154,10 +155,21 @@ def test_table_and_page_are_recomputed_from_the_results_alone(study, monkeypatch
 
 def test_page_holds_its_plots_and_loads_nothing(study):
     page = (study.folder / "study" / "report.html").read_text()
-    assert page.count("<svg") == 4 and "default-src 'none'" in page
+    assert page.count("<svg") == 5 and "default-src 'none'" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
     plots = sorted(path.name for path in (study.folder / "study" / "plots").iterdir())
-    assert plots == ["loss-memory.svg", "loss-time.svg", "loss-tokens.svg", "sweep-optim-lr.svg"]
+    losses = ["loss-memory.svg", "loss-time.svg", "loss-tokens.svg"]
+    assert plots == ["gap-tokens.svg", *losses, "sweep-optim-lr.svg"]
+
+
+def test_the_gaps_to_full_rank_end_where_the_table_says(study):
+    results = json.loads((study.folder / "study" / "study.json").read_text())
+    drawn = (study.folder / "study" / "plots" / "gap-tokens.svg").read_text()
+    differences = {line.arm: line.differences.get("full") for line in arm_results(results)}
+    found = {arm: difference.mean for arm, difference in differences.items() if difference is not None}
+    assert len(found) > 1
+    for arm, gap in found.items():
+        assert f"{arm} ends {gap:+.4f}" in drawn
 
 
 def test_results_hold_what_the_table_needs_to_be_checked(study):

@@ -12,7 +12,7 @@ from relora.lab.results import ArmResult, arm_results
 from relora.lab.table import cautions, columns, how_made, markdown, rows
 from relora.lab.values import magnitude
 from relora.report.study_page import Part, StudyPage, Table, write_file, write_study_page
-from relora.report.study_plots import Curves, Ends, curves_picture, ends_picture
+from relora.report.study_plots import Curves, Ends, curves_picture, ends_picture, gaps_picture
 from relora.report.svg import Picture
 
 RESULTS = "study.json"
@@ -69,7 +69,8 @@ def page_of(results: Mapping[str, Any]) -> StudyPage:
             rows=rows(mine, study["references"]),
         )
         suffix = f"-{number + 1}" if len(study["budgets"]) > 1 else ""
-        parts.append(Part(title=budget, tables=[table], pictures=_pictures(mine, suffix)))
+        pictures = [*_pictures(mine, suffix), *_gap_pictures(mine, study["references"], suffix)]
+        parts.append(Part(title=budget, tables=[table], pictures=pictures))
     parts.append(Part(title="Sweeps", pictures=_sweeps(lines)))
     return StudyPage(
         title=study["name"],
@@ -113,6 +114,38 @@ def _pictures(lines: Sequence[ArmResult], suffix: str) -> list[tuple[str, Pictur
         ),
     }
     return [(name, picture) for name, picture in found.items() if picture is not None]
+
+
+def _gap_pictures(
+    lines: Sequence[ArmResult], references: Sequence[str], suffix: str
+) -> list[tuple[str, Picture]]:
+    """Return a figure of each arm's distance to a reference, on the way: to full rank where that is one."""
+    full = [label for line in lines if line.method == "full" for label in line.stands_for]
+    found = []
+    for label in [*full, *references][:1]:
+        name = f"gap-tokens{suffix}"
+        by_arm = {line.arm: {cell["seed"]: cell for cell in line.cells} for line in lines}
+        arms = [
+            Curves(
+                label=line.arm,
+                runs=[
+                    _gap(cell, by_arm[other][seed])
+                    for seed, cell in by_arm[line.arm].items()
+                    if (other := line.references.get(label, line.arm)) != line.arm and seed in by_arm[other]
+                ],
+            )
+            for line in lines
+        ]
+        picture = gaps_picture(arms, name=name, xlabel="tokens (millions)", reference=label)
+        if picture is not None:
+            found.append((name, picture))
+    return found
+
+
+def _gap(cell: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return by how much a run's held-out loss lies above another's, wherever both were measured."""
+    theirs = dict(_curve(other, 0, 1e6))
+    return [(tokens, loss - theirs[tokens]) for tokens, loss in _curve(cell, 0, 1e6) if tokens in theirs]
 
 
 def _curve(cell: Mapping[str, Any], column: int, scale: float) -> list[tuple[float, float]]:

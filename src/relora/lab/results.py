@@ -28,8 +28,13 @@ class ArmResult:
     """What won the sweep; None where nothing was swept, or nothing has won yet."""
     differences: Mapping[str, Difference | None]
     """Of the loss, by reference; None where no seed is shared."""
-    stands_for: tuple[str, ...]
-    """The references that this arm itself is."""
+    references: Mapping[str, str]
+    """The arm that each reference means for this one."""
+
+    @property
+    def stands_for(self) -> tuple[str, ...]:
+        """The references that this arm itself is."""
+        return tuple(label for label, other in self.references.items() if other == self.arm)
 
     @property
     def axes(self) -> list[str]:
@@ -73,9 +78,7 @@ def arm_results(results: Mapping[str, Any]) -> list[ArmResult]:
                     num_missing=len(study["seeds"]) - sum(cell["status"] != "missing" for cell in mine),
                     tried=tuple(tried),
                     choice=choose(tried) if len(tried) > 1 else None,
-                    stands_for=tuple(
-                        label for label, other in arm["references"].items() if other == arm["name"]
-                    ),
+                    references=arm["references"],
                     differences={
                         label: paired_difference(by_arm.get(key, {}), by_arm.get((other, budget), {}))
                         for label, other in arm["references"].items()

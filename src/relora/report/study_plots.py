@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from relora.report.palette import KIND_COLOURS, light
+from relora.report.palette import KIND_COLOURS, MUTED, light
 from relora.report.svg import LEGEND, Picture, axis_number, drawing_style, new_axes, to_svg
 
 Points = Sequence[tuple[float, float]]
@@ -69,6 +69,57 @@ def curves_picture(arms: Sequence[Curves], *, name: str, xlabel: str, title: str
     return Picture(svg=svg, caption=f"{title}, a line for each seed.")
 
 
+def gaps_picture(arms: Sequence[Curves], *, name: str, xlabel: str, reference: str) -> Picture | None:
+    """Draw how far each arm lies from a reference: the mean over seeds, and their range.
+
+    Args:
+        arms: With runs of (place, loss over the reference's of the same seed); none of the reference itself.
+        name: Unique in the page.
+        xlabel: What the places are.
+        reference: Its name.
+
+    Returns:
+        The figure, whose frame is that of the last three quarters; None where there is nothing to draw.
+    """
+    found = {index: _by_place(arm.runs) for index, arm in enumerate(arms)}
+    last = max((place for gaps in found.values() for place in gaps), default=None)
+    if last is None:
+        return None
+    with drawing_style(narrow=False):
+        axes = _axes(len(arms))
+        axes.axhline(0, color=light(MUTED), lw=1.2)
+        for index, gaps in found.items():
+            colour, dashes, _ = style(index)
+            places = sorted(gaps)
+            axes.plot(
+                places, [_mean(gaps[x]) for x in places], color=colour, ls=dashes, marker="o", markersize=2.5
+            )
+            bounds = ([min(gaps[x]) for x in places], [max(gaps[x]) for x in places])
+            axes.fill_between(places, *bounds, color=colour, alpha=0.13, lw=0)
+        late = [
+            gap for gaps in found.values() for x, values in gaps.items() if x >= last / 4 for gap in values
+        ]
+        margin = 0.05 * (max(*late, 0.0) - min(*late, 0.0)) or 0.05
+        axes.set_ylim(min(*late, 0.0) - margin, max(*late, 0.0) + margin)
+        axes.set_xlim(left=0)
+        _finish(axes, xlabel, ylabel=f"loss over {_short(reference)} (nats per token)")
+        _legend(axes, [arm.label if found[index] else None for index, arm in enumerate(arms)], lines=True)
+        words = [
+            f"{arm.label} ends {_mean(found[index][max(found[index])]):+.4f}"
+            for index, arm in enumerate(arms)
+            if found[index]
+        ]
+        title = f"Held-out loss over that of {reference} against tokens"
+        svg = to_svg(axes, name=name, title=title, description="; ".join(words) + ".")
+    return Picture(svg=svg, caption=f"{title}, paired by seed: mean and range of the seeds.")
+
+
+def _by_place(runs: Sequence[Points]) -> dict[float, list[float]]:
+    """Return the values of all runs at the places that all of them have."""
+    common = set.intersection(*({x for x, _ in run} for run in runs)) if runs else set()
+    return {place: [dict(run)[place] for run in runs] for place in common}
+
+
 def ends_picture(
     arms: Sequence[Ends], *, name: str, xlabel: str, title: str, joined: bool = False
 ) -> Picture | None:
@@ -101,9 +152,9 @@ def _axes(num_arms: int) -> Axes:
     return new_axes(width=940, height=380 + legend, left=64, top=16 + legend)
 
 
-def _finish(axes: Axes, xlabel: str) -> None:
+def _finish(axes: Axes, xlabel: str, *, ylabel: str = "loss (nats per token)") -> None:
     axes.set_xlabel(xlabel)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(ylabel)
     axes.grid(visible=True, axis="y")
     axes.xaxis.set_major_formatter(FuncFormatter(axis_number))
     axes.yaxis.set_major_formatter(FuncFormatter(axis_number))
