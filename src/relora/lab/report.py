@@ -69,7 +69,7 @@ def page_of(results: Mapping[str, Any]) -> StudyPage:
             rows=rows(mine, study["references"]),
         )
         suffix = f"-{number + 1}" if len(study["budgets"]) > 1 else ""
-        pictures = [*_pictures(mine, suffix), *_gap_pictures(mine, study["references"], suffix)]
+        pictures = _pictures(mine, study["references"], suffix)
         parts.append(Part(title=budget, tables=[table], pictures=pictures))
     parts.append(Part(title="Sweeps", pictures=_sweeps(lines)))
     return StudyPage(
@@ -82,7 +82,9 @@ def page_of(results: Mapping[str, Any]) -> StudyPage:
     )
 
 
-def _pictures(lines: Sequence[ArmResult], suffix: str) -> list[tuple[str, Picture]]:
+def _pictures(
+    lines: Sequence[ArmResult], references: Sequence[str], suffix: str
+) -> list[tuple[str, Picture]]:
     against_tokens = [
         Curves(label=line.arm, runs=[_curve(cell, 0, 1e6) for cell in line.cells]) for line in lines
     ]
@@ -100,6 +102,7 @@ def _pictures(lines: Sequence[ArmResult], suffix: str) -> list[tuple[str, Pictur
             xlabel="tokens (millions)",
             title="Held-out loss against tokens",
         ),
+        f"gap-tokens{suffix}": _gaps(lines, references, f"gap-tokens{suffix}"),
         f"loss-time{suffix}": curves_picture(
             against_time,
             name=f"loss-time{suffix}",
@@ -116,30 +119,19 @@ def _pictures(lines: Sequence[ArmResult], suffix: str) -> list[tuple[str, Pictur
     return [(name, picture) for name, picture in found.items() if picture is not None]
 
 
-def _gap_pictures(
-    lines: Sequence[ArmResult], references: Sequence[str], suffix: str
-) -> list[tuple[str, Picture]]:
-    """Return a figure of each arm's distance to a reference, on the way: to full rank where that is one."""
+def _gaps(lines: Sequence[ArmResult], references: Sequence[str], name: str) -> Picture | None:
+    """Return each arm's distance to a reference along the run: to full rank, where that is one."""
     full = [label for line in lines if line.method == "full" for label in line.stands_for]
-    found = []
-    for label in [*full, *references][:1]:
-        name = f"gap-tokens{suffix}"
-        by_arm = {line.arm: {cell["seed"]: cell for cell in line.cells} for line in lines}
-        arms = [
-            Curves(
-                label=line.arm,
-                runs=[
-                    _gap(cell, by_arm[other][seed])
-                    for seed, cell in by_arm[line.arm].items()
-                    if (other := line.references.get(label, line.arm)) != line.arm and seed in by_arm[other]
-                ],
-            )
-            for line in lines
-        ]
-        picture = gaps_picture(arms, name=name, xlabel="tokens (millions)", reference=label)
-        if picture is not None:
-            found.append((name, picture))
-    return found
+    label = next(iter((*full, *references)), None)
+    if label is None:
+        return None
+    cells = {line.arm: {cell["seed"]: cell for cell in line.cells} for line in lines}
+    arms = []
+    for line in lines:
+        theirs = {} if label in line.stands_for else cells.get(line.references.get(label, ""), {})
+        pairs = [(cell, theirs[seed]) for seed, cell in cells[line.arm].items() if seed in theirs]
+        arms.append(Curves(label=line.arm, runs=[_gap(mine, other) for mine, other in pairs]))
+    return gaps_picture(arms, name=name, xlabel="tokens (millions)", reference=label)
 
 
 def _gap(cell: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[float, float]]:
