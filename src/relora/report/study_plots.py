@@ -81,14 +81,14 @@ def gaps_picture(arms: Sequence[Curves], *, name: str, xlabel: str, reference: s
     Returns:
         The figure, whose frame is that of the last three quarters; None where there is nothing to draw.
     """
-    found = {index: _by_place(arm.runs) for index, arm in enumerate(arms)}
-    last = max((place for gaps in found.values() for place in gaps), default=None)
+    found = [_by_place(arm.runs) for arm in arms]
+    last = max((place for gaps in found for place in gaps), default=None)
     if last is None:
         return None
     with drawing_style(narrow=False):
         axes = _axes(len(arms))
         axes.axhline(0, color=light(MUTED), lw=1.2)
-        for index, gaps in found.items():
+        for index, gaps in enumerate(found):
             colour, dashes, _ = style(index)
             places = sorted(gaps)
             axes.plot(
@@ -96,18 +96,18 @@ def gaps_picture(arms: Sequence[Curves], *, name: str, xlabel: str, reference: s
             )
             bounds = ([min(gaps[x]) for x in places], [max(gaps[x]) for x in places])
             axes.fill_between(places, *bounds, color=colour, alpha=0.13, lw=0)
-        late = [
-            gap for gaps in found.values() for x, values in gaps.items() if x >= last / 4 for gap in values
-        ]
+        late = [gap for gaps in found for x, values in gaps.items() if x >= last / 4 for gap in values]
         margin = 0.05 * (max(*late, 0.0) - min(*late, 0.0)) or 0.05
         axes.set_ylim(min(*late, 0.0) - margin, max(*late, 0.0) + margin)
         axes.set_xlim(left=0)
         _finish(axes, xlabel, ylabel=f"loss over {_short(reference)} (nats per token)")
-        _legend(axes, [arm.label if found[index] else None for index, arm in enumerate(arms)], lines=True)
+        _legend(
+            axes, [arm.label if gaps else None for arm, gaps in zip(arms, found, strict=True)], lines=True
+        )
         words = [
-            f"{arm.label} ends {_mean(found[index][max(found[index])]):+.4f}"
-            for index, arm in enumerate(arms)
-            if found[index]
+            f"{arm.label} ends {_mean(gaps[max(gaps)]):+.4f}"
+            for arm, gaps in zip(arms, found, strict=True)
+            if gaps
         ]
         title = f"Held-out loss over that of {reference} against tokens"
         svg = to_svg(axes, name=name, title=title, description="; ".join(words) + ".")
@@ -116,8 +116,9 @@ def gaps_picture(arms: Sequence[Curves], *, name: str, xlabel: str, reference: s
 
 def _by_place(runs: Sequence[Points]) -> dict[float, list[float]]:
     """Return the values of all runs at the places that all of them have."""
-    common = set.intersection(*({x for x, _ in run} for run in runs)) if runs else set()
-    return {place: [dict(run)[place] for run in runs] for place in common}
+    by_place = [dict(run) for run in runs]
+    common = set.intersection(*map(set, by_place)) if by_place else set()
+    return {place: [values[place] for values in by_place] for place in common}
 
 
 def ends_picture(

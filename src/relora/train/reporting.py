@@ -22,6 +22,9 @@ from relora.train.run_folder import METRICS, RESTARTS, OpenedRun
 from relora.train.state import RunState
 from relora.train.watch import RestartEffect
 
+_PLACES = {"in_place": "in place", "complement": "on the complement"}
+"""What `TrainingMethod.step_effects` names, in words."""
+
 
 def show_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """Show the last screen of a finished run on standard error."""
@@ -130,7 +133,7 @@ class Reporter:
             measured = report.as_metrics()
             metrics |= {f"{name}/{key}": value for key, value in measured.items()}
             if not measured["moved_fraction"] and self._state.optimizer.lr:
-                self.say(f"step {report.step} has moved no weight {name.replace('_', ' ')}")
+                self.say(f"step {report.step} has moved no weight {_PLACES[name]}")
             if bad := measured["num_non_finite"]:
                 self.say(f"step {report.step}: {bad:.0f} entries of gradients, not finite, move nothing")
         return metrics
