@@ -160,6 +160,10 @@ def test_page_holds_its_plots_and_loads_nothing(study):
     plots = sorted(path.name for path in (study.folder / "study" / "plots").iterdir())
     losses = ["loss-memory.svg", "loss-time.svg", "loss-tokens.svg"]
     assert plots == ["gap-tokens.svg", *losses, "sweep-optim-lr.svg"]
+    for name in plots:  # files for any reader of SVG: no variables of the page's, and something to stand on
+        drawn = (study.folder / "study" / "plots" / name).read_text()
+        assert "var(" not in drawn and drawn.index("</desc><rect") < drawn.index("<g>")
+    assert "var(" in page
 
 
 def test_the_gaps_to_full_rank_end_where_the_table_says(study):

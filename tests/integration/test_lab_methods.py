@@ -334,7 +334,7 @@ def test_settings_of_a_method_are_read_from_the_command_line():
     words += ["--method.defects", "late_merge", "native_merge"]
     others, overrides = split_settings([*words, "--method.refresh_every=7"])
     assert others == [] and overrides["method"].pop("refresh_every") == 7
-    relora = {"factors": "both", "residual": "none", "reset": "zero"}
+    relora = {"factors": "both", "residual": "none", "reset": "zero", "warm_start_kind": "adamw"}
     recipe = load_recipe("quickstart", {**overrides, "relora": relora})
     assert recipe.options.defects == ("late_merge", "native_merge")
     assert resolve(tomllib.loads(recipe_toml(recipe))) == recipe

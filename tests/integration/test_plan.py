@@ -167,6 +167,15 @@ def test_methods_stand_side_by_side_and_a_warm_start_needs_full_ranks_memory() -
     assert 1 < both.run_speedup < both.speedup
 
 
+def test_a_recipe_of_the_laboratorys_is_planned_by_the_trainers_own_methods() -> None:
+    plan = plan_run(recipe(run={"method": "muon-in-place"}, method={"adamw_lr": 1e-3}))
+    own = plan_run(recipe())
+    assert {name: method.footprint for name, method in plan.methods.items()} == {
+        name: method.footprint for name, method in own.methods.items()
+    }
+    assert "muon-in-place, which this recipe trains by" in plan.notes[0] and own.notes == ()
+
+
 def test_a_rank_too_large_leaves_full_rank_planned() -> None:
     plan = plan_run(recipe(run={"method": "full"}, relora={"rank": 40}))
     assert list(plan.methods) == ["full"]

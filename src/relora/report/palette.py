@@ -49,3 +49,10 @@ def follow_theme(style: str) -> str:
     for name, (colour, _) in COLOURS.items():
         style = style.replace(colour, f"var(--{name}, {colour})")
     return style
+
+
+def forget_theme(svg: str) -> str:
+    """Undo `follow_theme`: every variable by its light colour."""
+    for name, (colour, _) in COLOURS.items():
+        svg = svg.replace(f"var(--{name}, {colour})", colour)
+    return svg

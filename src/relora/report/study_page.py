@@ -7,7 +7,7 @@ from pathlib import Path
 from relora.log.files import replacing
 from relora.report.markup import figure, notes, numbers_table, section, text
 from relora.report.page import whole_page
-from relora.report.svg import Picture
+from relora.report.svg import Picture, standing_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def write_study_page(folder: Path, page: StudyPage) -> Path:
     plots.mkdir(parents=True, exist_ok=True)
     for part in page.parts:
         for name, picture in part.pictures:
-            write_file(plots / f"{name}.svg", picture.svg + "\n")
+            write_file(plots / f"{name}.svg", standing_alone(picture.svg))
     write_file(folder / "report.html", content)
     return folder / "report.html"
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from relora.log.units import number, scientific
-from relora.report.palette import INK, MUTED, PAPER, RULE, follow_theme, light
+from relora.report.palette import INK, MUTED, PAPER, RULE, follow_theme, forget_theme, light
 from relora.report.run import Record
 
 Floats = NDArray[np.float64]
@@ -148,6 +148,12 @@ def to_svg(axes: Axes, *, name: str, title: str, description: str) -> str:
         _adapt(element, name, used)
     _describe(root, name, title, description)
     return _serialized(root)
+
+
+def standing_alone(svg: str) -> str:
+    """Return a page's figure as a file's: in fixed colours, which every reader of SVG knows, and on paper."""
+    paper = f'<rect width="100%" height="100%" style="fill: {light(PAPER)}" />'
+    return forget_theme(svg).replace("</desc>", f"</desc>{paper}", 1) + "\n"
 
 
 def _references(element: ElementTree.Element) -> list[str]:

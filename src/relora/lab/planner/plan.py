@@ -16,6 +16,7 @@ from relora.errors import ConfigError
 from relora.lab.planner.footprint import DeviceType, Footprint, footprint
 from relora.train.blueprint import blueprint
 from relora.train.config import Recipe
+from relora.train.methods import options_type
 from relora.train.phase import Plan
 from relora.train.precision import Resolved, resolve_precision
 from relora.train.sections import ReLoRASection
@@ -72,7 +73,7 @@ class RunPlan:
     """Methods that this recipe cannot train with, and why."""
     restarts: int
     notes: tuple[str, ...]
-    """How far the figures can be trusted, where it is less than usual."""
+    """What is not planned, and how far the figures can be trusted where it is less than usual."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -162,7 +163,7 @@ def plan_run(
         methods=methods,
         unavailable=unavailable,
         restarts=len(Plan(recipe=recipe).restart_steps),
-        notes=tuple(_doubts(blueprint(recipe, vocab_size=vocab_size).config)),
+        notes=(*_left_out(recipe), *_doubts(blueprint(recipe, vocab_size=vocab_size).config)),
     )
 
 
@@ -263,6 +264,8 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
     changed: dict[str, Any] = {
         section: replace(getattr(recipe, section), **fields) for section, fields in sections.items()
     }
+    if "run" in changed and changed["run"].method != recipe.run.method:
+        changed["method"] = options_type(changed["run"].method)()
     return replace(recipe, **changed)
 
 
@@ -300,6 +303,13 @@ def _smaller(recipe: Recipe, settings: Settings) -> Iterator[Settings]:
     while rank >= _LEAST_RANK:
         yield {**settings, "relora.rank": rank}
         rank //= 2
+
+
+def _left_out(recipe: Recipe) -> Iterator[str]:
+    """Say that a method of the laboratory's is not among those planned."""
+    method = recipe.run.method
+    if all(settings["run.method"] != method for settings in METHODS.values()):
+        yield f"{method}, which this recipe trains by, is not planned: these are the trainer's own methods"
 
 
 def _doubts(config: PretrainedConfig) -> Iterator[str]:
