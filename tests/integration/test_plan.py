@@ -14,6 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
+import relora.lab.methods  # noqa: F401 - makes them known
 from relora.cli.main import main
 from relora.cli.plan import memory_bytes
 from relora.errors import ConfigError
