@@ -26,7 +26,8 @@ LENGTHS = ("2.5 M tokens", "7.5 M tokens")
 ARMS = ("beyond", "muon-in-place")
 UNIT_PARAMETERS, UNIT_TOKENS = 1e6, 5e6
 RANK_STUDY, RANKS = "law-128", (16, 32, 64)
-NAMES = {(RANK_STUDY, "beyond"): f"beyond rank={RANKS[1]}"}
+RANK_ARMS = [f"beyond rank={rank}" for rank in RANKS]
+NAMES = {(RANK_STUDY, "beyond"): RANK_ARMS[1]}
 """Arms that a study calls otherwise."""
 EXTRAPOLATED = ((10e6, 7.5e6), (100e6, 2e9))
 """Parameters and tokens to which the law is drawn out, with the caution that it deserves."""
@@ -46,8 +47,25 @@ class Point:
 def gaps(study: str, arm: str, length: str) -> BySeed:
     """Return an arm's loss over full rank's, by seed."""
     full, mine = final_cells(study, "full", length), final_cells(study, arm, length)
-    assert len(mine) >= 3 and mine.keys() == full.keys(), (study, arm, length, sorted(mine), sorted(full))
+    assert is_whole(study, arm, length), (study, arm, length, sorted(mine), sorted(full))
     return {seed: cell["loss"] - full[seed]["loss"] for seed, cell in mine.items()}
+
+
+def is_whole(study: str, arm: str, length: str) -> bool:
+    """Return whether an arm has run on full rank's seeds, three or more."""
+    full, mine = final_cells(study, "full", length), final_cells(study, arm, length)
+    return len(mine) >= 3 and mine.keys() == full.keys()
+
+
+def whole_arms() -> list[str]:
+    """Return the arms that have run at every size and length."""
+    return [
+        arm
+        for arm in ARMS
+        if all(
+            is_whole(study, NAMES.get((study, arm), arm), length) for study in STUDIES for length in LENGTHS
+        )
+    ]
 
 
 def outside(study: str) -> int:
@@ -102,7 +120,7 @@ def largest_residual(measured: Sequence[Point], law: Mapping[int, np.ndarray]) -
 
 def rank_slopes() -> BySeed:
     """Return by seed how the gap moves with ln(rank)."""
-    by_rank = [gaps(RANK_STUDY, f"beyond rank={rank}", LENGTHS[0]) for rank in RANKS]
+    by_rank = [gaps(RANK_STUDY, arm, LENGTHS[0]) for arm in RANK_ARMS]
     logs = np.log(RANKS)
     return {seed: float(np.polyfit(logs, [found[seed] for found in by_rank], 1)[0]) for seed in by_rank[0]}
 
@@ -120,8 +138,9 @@ def draw(path: Path) -> None:
 
     colors = ("#c7781b", "#1f6fb4", "#7a4fa3")
     with rc_context({"svg.hashsalt": "law", "svg.fonttype": "none", "font.size": 10}):
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        for axes, arm in zip(figure.subplots(1, len(ARMS), sharey=True), ARMS, strict=True):
+        arms = whole_arms()
+        figure = Figure(figsize=(1 + 3.5 * len(arms), 4), layout="constrained")
+        for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
             measured = points(arm)
             law = fitted(measured)
             sizes = sorted({point.parameters for point in measured})
@@ -153,7 +172,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| arm | at 1 M parameters, 5 M tokens | per factor e of parameters | of tokens | worst residual |")
     print("|---|---|---|---|---|")
-    for arm in ARMS:
+    arms = whole_arms()
+    for arm in arms:
         measured = points(arm)
         law = fitted(measured)
         parts = [in_words({seed: float(found[i]) for seed, found in law.items()}) for i in range(3)]
@@ -161,8 +181,14 @@ def main() -> None:
         for parameters, tokens in EXTRAPOLATED:
             told = in_words(foretold(law, parameters, tokens))
             print(f"  drawn out to {parameters / 1e6:g} M parameters, {tokens / 1e6:g} M tokens: {told}")
-    print(f"\nbeyond, per factor e of rank ({RANK_STUDY}, {RANKS}): {in_words(rank_slopes())}")
-    if arguments.plot:
+    for arm in ARMS:
+        if arm not in arms:
+            print(f"{arm}: not run at every size and length yet")
+    if all(is_whole(RANK_STUDY, arm, LENGTHS[0]) for arm in RANK_ARMS):
+        print(f"\nbeyond, per factor e of rank ({RANK_STUDY}, {RANKS}): {in_words(rank_slopes())}")
+    else:
+        print(f"\nranks {RANKS} of {RANK_STUDY}: not all run yet")
+    if arguments.plot and arms:
         draw(arguments.plot)
 
 
