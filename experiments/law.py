@@ -44,6 +44,11 @@ class Point:
     gaps: BySeed
 
 
+def named(study: str, arm: str) -> str:
+    """Return what a study calls an arm."""
+    return NAMES.get((study, arm), arm)
+
+
 def gaps(study: str, arm: str, length: str) -> BySeed:
     """Return an arm's loss over full rank's, by seed."""
     full, mine = final_cells(study, "full", length), final_cells(study, arm, length)
@@ -81,7 +86,7 @@ def points(arm: str) -> list[Point]:
         Point(
             outside(study),
             final_cells(study, "full", length)[0]["tokens"],
-            gaps(study, NAMES.get((study, arm), arm), length),
+            gaps(study, named(study, arm), length),
         )
         for study in STUDIES
         for length in LENGTHS
