@@ -19,7 +19,12 @@ from relora.method.base_error import carry_base_error_
 from relora.method.gradient_init import Sketch
 from relora.method.linear import lora_layers
 from relora.method.residuals import RESIDUALS, Pass
+from relora.train.in_place_optimizer import InPlaceOptimizer
 from relora.train.phase import momenta, state_bytes
+
+# A LLaMA layer's matrices at hidden 128.
+SHAPES = [(128, 128)] * 4 + [(128, 352)] * 2 + [(352, 128)]
+NUM_WEIGHTS = sum(math.prod(shape) for shape in SHAPES)
 
 
 def with_spectrum(side: int, *, decay: float, seed: int) -> Tensor:
@@ -92,27 +97,20 @@ def moved_by_noise(num_micro_batches: int) -> float:
 def held_a_weight(
     config: ReLoRAConfig | None,
     optimizer_type: type[torch.optim.Optimizer] = torch.optim.AdamW,
-    *,
-    hidden: int = 128,
-    intermediate: int = 352,
 ) -> float:
     """Return the bytes of gradients, states and votes of a step, for each weight of a LLaMA layer's matrices.
 
     Args:
         config: Of low-rank layers; None trains the matrices themselves.
         optimizer_type: Of what trains.
-        hidden: Width.
-        intermediate: Width of the MLP.
     """
-    shapes = [(hidden, hidden)] * 4 + [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
-    layers = nn.ModuleList(nn.Linear(*shape, bias=False) for shape in shapes)
-    weights = sum(math.prod(shape) for shape in shapes)
+    layers = matrices()
     if config is not None:
         inject(layers, config)
     trained = [p for p in layers.parameters() if p.requires_grad]
     optimizer = optimizer_type(trained)  # type: ignore[call-arg]
     restarts = None if config is None else ReLoRA(layers, optimizer, config)
-    torch.stack([layer(torch.randn(8, layer.in_features)).sum() for layer in layers]).sum().backward()
+    backward_through(layers)
     optimizer.step()
     if restarts is not None:
         restarts.after_step(1)
@@ -120,7 +118,32 @@ def held_a_weight(
     report = None if restarts is None else restarts.complement_report
     if report is not None and not momenta(layers):
         held += report.held_bytes
-    return held / weights
+    return held / NUM_WEIGHTS
+
+
+def held_in_place() -> float:
+    """Return the same of full rank by Muon in place."""
+    layers = matrices()
+    weights = [layer.weight for layer in layers]
+    by_name = {f"{index}": layer for index, layer in enumerate(layers)}
+    groups = [{"params": weights, "lr": 1e-3, "weight_decay": 0.0}]
+    optimizer = InPlaceOptimizer(groups, layers, by_name, kind="muon", seed=0)
+    backward_through(layers)
+    optimizer.step()
+    assert optimizer.report is not None and optimizer.report.moved_fraction > 0
+    gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
+    return (state_bytes(optimizer, layers) + gradients) / NUM_WEIGHTS
+
+
+def matrices() -> nn.ModuleList:
+    """Return linear layers of the shapes."""
+    return nn.ModuleList(nn.Linear(*shape, bias=False) for shape in SHAPES)
+
+
+def backward_through(layers: nn.ModuleList) -> None:
+    """Take a backward pass through each of them, from inputs that something before them made."""
+    inputs = [torch.randn(8, layer.in_features, requires_grad=True) for layer in layers]
+    torch.stack([layer(x).sum() for layer, x in zip(layers, inputs, strict=True)]).sum().backward()
 
 
 def main() -> None:
@@ -143,10 +166,11 @@ def main() -> None:
         "bytes of gradients and states a weight, LLaMA layer of hidden 128": {
             "full rank, AdamW": held_a_weight(None),
             "full rank, Muon": held_a_weight(None, torch.optim.Muon),
+            "full rank, Muon in place, and a warm start by it": held_in_place(),
             "LoRA or ReLoRA, both factors, rank 32": held_a_weight(ReLoRAConfig(rank=32)),
             **{
                 f"one-sided, residual {residual}, rank {rank}": held_a_weight(
-                    ReLoRAConfig.beyond(rank=rank, residual=residual)
+                    ReLoRAConfig.beyond(rank=rank, residual=residual, residual_scale=1.0)
                 )
                 for residual in ("none", "sign", "muon")
                 for rank in (16, 32)

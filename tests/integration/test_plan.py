@@ -27,7 +27,7 @@ from relora.train.loss import TokenLoss
 from relora.train.methods import load_method
 from relora.train.parallel import Processes
 from relora.train.phase import Plan, inject_factors
-from relora.train.recipe_io import resolve, write_recipe
+from relora.train.recipe_io import load_recipe, resolve, write_recipe
 from relora.train.setup import enable_checkpointing_
 from relora.train.step import train_step_
 
@@ -175,6 +175,11 @@ def test_a_recipe_of_the_laboratorys_is_planned_by_the_trainers_own_methods() ->
         name: method.footprint for name, method in own.methods.items()
     }
     assert "muon-in-place, which this recipe trains by" in plan.notes[0] and own.notes == ()
+
+
+def test_what_is_shipped_is_planned_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    plan = plan_run(load_recipe("quickstart"), vocab_size=V)
+    assert list(plan.methods) == list(METHODS) and not recwarn.list
 
 
 def test_a_rank_too_large_leaves_full_rank_planned() -> None:

@@ -28,7 +28,7 @@ _OF_STEPS_IN_PLACE = ("rank", "targets", "exclude", "warm_start_kind", "warm_sta
 _LEAST_RANK = 32  # a base in 8 bits leaves little to win below it
 
 # name -> the settings that make the recipe train that way. With both factors there is no complement.
-_BOTH = {"relora.factors": "both", "relora.residual": "none"}
+_BOTH = {"relora.factors": "both", "relora.residual": "none", "relora.residual_scale": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"run.method": "full"},
     "lora": {"run.method": "lora", **_BOTH},
