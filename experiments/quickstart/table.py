@@ -2,8 +2,9 @@
 
     python experiments/quickstart/table.py
 
-Its cells were trained by scripts that are gone (last at commit f671199), their settings chosen without a tuning
-split: raw results for the entries of experiments/LOG.md that name them. experiments/warm-muon has taken its place.
+Its cells were trained by scripts that are gone (last at commit f671199), their settings chosen without a
+tuning split: raw results for the entries of experiments/LOG.md that name them. experiments/warm-muon has
+taken its place.
 
 Ratios are of held-out perplexities, paired by seed with full rank at its best learning rate; plus or minus is
 the standard deviation over seeds.

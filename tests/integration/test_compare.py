@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiment_scripts import experiment_script
 from relora.checkpoint.store import load_checkpoint
 from relora.cli.main import main
 from relora.lab.cell_files import try_lock
@@ -185,6 +186,19 @@ def test_results_hold_what_the_table_needs_to_be_checked(study):
         )
         assert cell["versions"]["torch"] == torch.__version__
     assert study.results["data"][0]["counts"]["tuning_tokens"] > 0
+
+
+def test_a_cell_trained_again_from_the_studys_file_is_held_against_its_results(study, tmp_path):
+    folder = tmp_path / "smoke"
+    shutil.copytree(study.folder / "smoke", folder)
+    (folder / "results").mkdir()
+    for row in study.results["cells"]:
+        if curve := row.get("train_curve"):
+            curve[0][1] += 0.5  # of which the rest is told apart by rounding alone
+    (folder / "results" / "study.json").write_text(json.dumps(study.results))
+    found = experiment_script("rerun").compared(folder, 5)
+    assert found["steps"] > 1
+    assert found["largest_difference"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_dry_run_lists_cells_and_tokens_and_trains_nothing(tmp_path, monkeypatch, capsys):

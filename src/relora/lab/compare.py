@@ -7,7 +7,7 @@ from typing import Any
 
 from relora.errors import ConfigError
 from relora.lab.gather import earlier_outcomes, ended, study_results
-from relora.lab.plan import Outcome, Planner, predicted, wanted_cells
+from relora.lab.plan import Planner, predicted, wanted_cells
 from relora.lab.report import RESULTS, read_results, write_results, write_tables
 from relora.lab.runner import Observer, Runner
 from relora.lab.study import Cell, Study
@@ -89,18 +89,7 @@ def tables_only(study: Study, folder: Path) -> dict[str, Any]:
             )
         write_tables(folder, before)
         return before
-    planner = Planner(study, folder / "cells")
-    outcomes: dict[str, Outcome] = {}
-    while True:
-        plan = planner.plan(outcomes)
-        new = {
-            cell.name: outcome
-            for cell in plan.cells
-            if cell.name not in outcomes and (outcome := ended(cell, kept)) is not None
-        }
-        if not new:
-            break
-        outcomes |= new
+    plan, outcomes = Planner(study, folder / "cells").plan_with(lambda cell: ended(cell, kept))
     threads = 1 if before is None else before["machine"]["threads_per_cell"]
     data = StudyTexts(folder).facts(plan.cells)
     results = study_results(study, plan, outcomes, threads=threads, data=data, before=before)

@@ -57,6 +57,24 @@ class Planner:
         self._study, self._out = study, out
         self._cells: dict[str, Cell] = {}
 
+    def plan_with(self, known: Callable[[Cell], Outcome | None]) -> tuple[WorkPlan, dict[str, Outcome]]:
+        """Plan until what is known of the plan's cells tells nothing new.
+
+        Args:
+            known: How a cell ended; None where it has not.
+
+        Returns:
+            The plan, and how those of its cells ended that have.
+        """
+        outcomes: dict[str, Outcome] = {}
+        while True:
+            plan = self.plan(outcomes)
+            unknown = [cell for cell in plan.cells if cell.name not in outcomes]
+            new = {cell.name: outcome for cell in unknown if (outcome := known(cell)) is not None}
+            if not new:
+                return plan, outcomes
+            outcomes |= new
+
     def plan(self, outcomes: Outcomes) -> WorkPlan:
         """Return every cell that is known to be needed."""
         plan = WorkPlan()
