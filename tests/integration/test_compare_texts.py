@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from experiment_scripts import EXPERIMENTS
 from relora.cli.main import main
 from text_study import DATA, GRID, SMALLER
 from tiny_run import write_text
@@ -63,3 +64,28 @@ def test_only_a_new_text_is_trained_on_and_another_text_or_split_is_refused(tmp_
     assert compare(STUDY) == 2
     assert "another text" in capsys.readouterr().err
     assert files() == before
+
+
+def test_a_committed_study_is_trained_on_text_of_ones_own_by_a_file_of_a_few_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("novels"))
+    Path("mine").mkdir()
+    Path("mine/study.toml").write_text(
+        f"""
+[study]
+like = "{EXPERIMENTS / "smoke"}"
+seeds = [7]
+
+[set]
+data.source = "text"
+data.path = "novels"
+"""
+    )
+    assert main(["compare", "mine", "--out", "out", "--cores", "2", "--arms", "full", "relora"]) == 0
+    results = json.loads(Path("out/study.json").read_text())
+    assert {facts["source"] for facts in results["data"]} == {"text"}
+    rows = {cell["arm"]: cell for cell in results["cells"] if (cell["stage"], cell["seed"]) == ("final", 7)}
+    assert rows["full"]["status"] == rows["relora"]["status"] == "finished"
+    table = Path("out/table.md").read_text()
+    gap = rows["relora"]["loss"] - rows["full"]["loss"]
+    assert f"{gap:+.4f} (n = 1)" in table
