@@ -4,8 +4,8 @@
 
 One document a module: its docstrings in the order of the source, dedented, without code around them. Packages
 are those that relora itself needs, unless named. Nothing is imported or downloaded; the files are parsed. The
-text depends on the versions installed, which are written beside it (docstrings.versions.json); study.json
-holds the fingerprint of the prepared tokens, which tells whether two machines had the same.
+text depends on the versions installed. docstrings.versions.json, beside this script, has those of the
+committed studies; what differs from them is said, since their cells cannot be trained again on another text.
 """
 
 import argparse
@@ -13,15 +13,17 @@ import ast
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     *("torch", "transformers", "numpy", "matplotlib", "datasets", "pyarrow", "tokenizers", "safetensors"),
     *("huggingface_hub", "pandas", "sympy", "networkx", "fsspec", "rich", "aiohttp", "jinja2", "httpx"),
 )
+RECORD = Path(__file__).with_suffix(".versions.json")
 _LEAST_CHARACTERS = 200
 _NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -55,7 +57,7 @@ def documents(packages: tuple[str, ...]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the file, and what it was made from."""
+    """Write the file, and say what it was made from."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("packages", nargs="*", default=PACKAGES)
@@ -69,8 +71,22 @@ def main() -> None:
             count, size = count + 1, size + len(text.encode())
     versions = {name: metadata.version(name) for name in arguments.packages if find_spec(name)}
     facts = {"documents": count, "bytes": size, "sha256": digest.hexdigest(), "versions": versions}
-    arguments.out.with_suffix(".versions.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    print(json.dumps(facts, indent=1))
+    print(beside_the_record(facts))
+
+
+def beside_the_record(facts: Mapping[str, Any]) -> str:
+    """Say whether a text is that of the committed studies, and if not, which packages would make it so."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if facts["sha256"] == record["sha256"]:
+        return "the text of the committed studies"
+    others = {
+        name: version
+        for name, version in record["versions"].items()
+        if facts["versions"].get(name, "").partition("+")[0] != version.partition("+")[0]
+    }
+    wanted = " ".join(f"{name}=={version.partition('+')[0]}" for name, version in others.items())
+    return f"another text than that of the committed studies, which need: {wanted or 'these packages alone'}"
 
 
 if __name__ == "__main__":

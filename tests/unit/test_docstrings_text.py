@@ -1,0 +1,38 @@
+"""The prose of the studies: what a text made here lacks to be theirs is said."""
+
+import importlib.util
+import json
+
+import pytest
+
+from experiment_scripts import EXPERIMENTS
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("docstrings", EXPERIMENTS / "texts" / "docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_record_is_of_the_packages_that_the_text_is_made_of(script):
+    record = json.loads(script.RECORD.read_text())
+    assert set(record["versions"]) <= set(script.PACKAGES)
+    assert script.beside_the_record(record) == "the text of the committed studies"
+
+
+def test_another_version_is_named_with_the_one_to_install(script):
+    record = json.loads(script.RECORD.read_text())
+    other = record | {
+        "sha256": "0" * 64,
+        "versions": record["versions"] | {"numpy": "1.0", "torch": "2.13.0"},
+    }
+    assert script.beside_the_record(other).endswith(f"which need: numpy=={record['versions']['numpy']}")
+    more = record | {"sha256": "0" * 64}
+    assert script.beside_the_record(more).endswith("these packages alone")
+
+
+def test_docstrings_come_in_the_order_of_the_source_and_code_that_does_not_parse_has_none(script):
+    assert list(script.docstrings('"""One."""\ndef f():\n    """Two."""\n')) == ["One.", "Two."]
+    assert list(script.docstrings("def f(:")) == []
