@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from committed import final_cells, over_seeds
+from committed import HERE, final_cells, over_seeds
 
 STUDIES = ("law-64", "law-128", "main-3x-prose")
 LENGTHS = ("2.5 M tokens", "7.5 M tokens")
@@ -58,19 +58,22 @@ def gaps(study: str, arm: str, length: str) -> BySeed:
 
 def is_whole(study: str, arm: str, length: str) -> bool:
     """Return whether an arm has run on full rank's seeds, three or more."""
+    if not (HERE / study / "results" / "study.json").is_file():
+        return False
     full, mine = final_cells(study, "full", length), final_cells(study, arm, length)
     return len(mine) >= 3 and mine.keys() == full.keys()
 
 
-def whole_arms() -> list[str]:
-    """Return the arms that have run at every size and length."""
+def whole_studies(arm: str) -> list[str]:
+    """Return the studies in which an arm has run at every length."""
     return [
-        arm
-        for arm in ARMS
-        if all(
-            is_whole(study, NAMES.get((study, arm), arm), length) for study in STUDIES for length in LENGTHS
-        )
+        study for study in STUDIES if all(is_whole(study, named(study, arm), length) for length in LENGTHS)
     ]
+
+
+def fitted_arms() -> list[str]:
+    """Return the arms that have run at more than one size."""
+    return [arm for arm in ARMS if len(whole_studies(arm)) > 1]
 
 
 def outside(study: str) -> int:
@@ -81,14 +84,14 @@ def outside(study: str) -> int:
 
 
 def points(arm: str) -> list[Point]:
-    """Return an arm's gaps at every size and length."""
+    """Return an arm's gaps at every length of the sizes it has run at."""
     return [
         Point(
             outside(study),
             final_cells(study, "full", length)[0]["tokens"],
             gaps(study, named(study, arm), length),
         )
-        for study in STUDIES
+        for study in whole_studies(arm)
         for length in LENGTHS
     ]
 
@@ -143,7 +146,7 @@ def draw(path: Path) -> None:
 
     colors = ("#c7781b", "#1f6fb4", "#7a4fa3")
     with rc_context({"svg.hashsalt": "law", "svg.fonttype": "none", "font.size": 10}):
-        arms = whole_arms()
+        arms = fitted_arms()
         figure = Figure(figsize=(1 + 3.5 * len(arms), 4), layout="constrained")
         for axes, arm in zip(figure.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
             measured = points(arm)
@@ -177,7 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| arm | at 1 M parameters, 5 M tokens | per factor e of parameters | of tokens | worst residual |")
     print("|---|---|---|---|---|")
-    arms = whole_arms()
+    arms = fitted_arms()
     for arm in arms:
         measured = points(arm)
         law = fitted(measured)
@@ -187,8 +190,9 @@ def main() -> None:
             told = in_words(foretold(law, parameters, tokens))
             print(f"  drawn out to {parameters / 1e6:g} M parameters, {tokens / 1e6:g} M tokens: {told}")
     for arm in ARMS:
-        if arm not in arms:
-            print(f"{arm}: not run at every size and length yet")
+        missing = [study for study in STUDIES if study not in whole_studies(arm)]
+        if missing:
+            print(f"{arm}: {', '.join(missing)} not run yet")
     if all(is_whole(RANK_STUDY, arm, LENGTHS[0]) for arm in RANK_ARMS):
         print(f"\nbeyond, per factor e of rank ({RANK_STUDY}, {RANKS}): {in_words(rank_slopes())}")
     else:

@@ -69,14 +69,15 @@ def test_gaps_and_sizes_are_those_of_a_committed_study(law):
 def test_an_arm_is_whole_with_three_of_full_ranks_seeds(law, monkeypatch):
     assert law.is_whole("main-3x-prose", "beyond", law.LENGTHS[0])
     assert not law.is_whole("main-3x-prose", "nobody", law.LENGTHS[0])
-    monkeypatch.setattr(law, "STUDIES", ("main-3x-prose",))
-    assert law.whole_arms() == list(law.ARMS)
-    monkeypatch.setitem(law.NAMES, ("main-3x-prose", "muon-in-place"), "nobody")
-    assert law.whole_arms() == ["beyond"]
+    assert not law.is_whole("no-such-study", "beyond", law.LENGTHS[0])
+    monkeypatch.setattr(law, "STUDIES", ("law-64", "main-3x-prose"))
+    assert "beyond" in law.fitted_arms()
+    monkeypatch.setitem(law.NAMES, ("law-64", "beyond"), "nobody")
+    assert law.whole_studies("beyond") == ["main-3x-prose"] and "beyond" not in law.fitted_arms()
 
 
 def test_the_picture_has_a_line_for_each_size(law, tmp_path, monkeypatch):
-    monkeypatch.setattr(law, "whole_arms", lambda: ["beyond"])
+    monkeypatch.setattr(law, "fitted_arms", lambda: ["beyond"])
     monkeypatch.setattr(law, "points", lambda arm: made(law))
     law.draw(tmp_path / "law.svg")
     drawn = (tmp_path / "law.svg").read_text()
