@@ -15,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from committed import HERE
@@ -42,7 +45,7 @@ def chosen(content: dict[str, Any], cells: list[Cell]) -> Cell:
 
 
 def recorded(content: dict[str, Any], cell: Cell, last_step: int) -> dict[int, float]:
-    """Return the losses of a cell's training that its results hold, by step."""
+    """Return the losses of a cell's training that its results hold, by step; of a long run, means."""
     (row,) = (row for row in content["cells"] if row["name"] == cell.name)
     by_step = {round(tokens / cell.recipe.tokens_per_step): loss for tokens, loss in row["train_curve"]}
     return {step: loss for step, loss in by_step.items() if step <= last_step}
@@ -78,6 +81,14 @@ def losses_of(metrics: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
+def as_recorded(losses: dict[int, float], steps: Sequence[int]) -> dict[int, float]:
+    """Return the means of losses from one of some steps to the next, as results of long runs hold them."""
+    return {
+        step: fmean(loss for at, loss in losses.items() if before < at <= step)
+        for before, step in pairwise([0, *steps])
+    }
+
+
 def compared(study: Path, last_step: int) -> dict[str, Any]:
     """Return what came of the cell of a study's folder, in numbers.
 
@@ -94,7 +105,7 @@ def compared(study: Path, last_step: int) -> dict[str, Any]:
         if data_facts(cell)["fingerprint"] not in {facts["fingerprint"] for facts in content["data"]}:
             raise DataError("its text is another version here")
         before = recorded(content, cell, last_step)
-        again = trained_again(cell, Path(folder), max(before))
+        again = as_recorded(trained_again(cell, Path(folder), max(before)), sorted(before))
     (row,) = (row for row in content["cells"] if row["name"] == cell.name)
     return {
         "study": study.name,
