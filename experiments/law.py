@@ -186,18 +186,21 @@ def main() -> None:
         law = fitted(measured)
         parts = [in_words({seed: float(found[i]) for seed, found in law.items()}) for i in range(3)]
         print(f"| {arm} | {' | '.join(parts)} | {largest_residual(measured, law):+.3f} |")
+        both = in_words({seed: float(found[1] + found[2]) for seed, found in law.items()})
+        print(f"  per factor e of both, tokens a parameter as they are: {both}")
         for parameters, tokens in EXTRAPOLATED:
             told = in_words(foretold(law, parameters, tokens))
             print(f"  drawn out to {parameters / 1e6:g} M parameters, {tokens / 1e6:g} M tokens: {told}")
     for arm in ARMS:
         missing = [study for study in STUDIES if study not in whole_studies(arm)]
         if missing:
-            print(f"{arm}: {', '.join(missing)} not run yet")
+            print(f"{arm}: {', '.join(missing)} not whole yet")
     if all(is_whole(RANK_STUDY, arm, LENGTHS[0]) for arm in RANK_ARMS):
         print(f"\nbeyond, per factor e of rank ({RANK_STUDY}, {RANKS}): {in_words(rank_slopes())}")
     else:
         print(f"\nranks {RANKS} of {RANK_STUDY}: not all run yet")
-    if arguments.plot and arms:
+    if arguments.plot:
+        assert arms, "no arm has run at more than one size"
         draw(arguments.plot)
 
 

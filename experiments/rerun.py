@@ -2,10 +2,10 @@
 
     python experiments/rerun.py [STUDY ...] [--steps 60] [--json FILE]
 
-The cell is the first final one of an arm that restarts, or else of the study's last arm, trained as one
-thread by itself. On the text, the kind of processor and the versions of the record its losses are the same
-to the four decimals that are recorded; on others they part slowly. A study whose text is not at hand, or is
-another version, is named and left out.
+The cell is the final one that restarts first, or else of the study's last arm, trained as one thread by
+itself; how often it had restarted, or that it was still at full rank, is said. On the text, the kind of processor and
+the versions of the record its losses are the same to the four decimals that are recorded; on others they part
+slowly. A study whose text is not at hand, or is another version, is named and left out.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from relora.lab.study import Cell
 from relora.lab.study_file import read_study
 from relora.lab.texts import data_facts
 from relora.log.jsonl import read_jsonl
+from relora.train.phase import Plan
 from relora.train.recipe_io import write_recipe
 
 _POLL_S = 0.5
@@ -41,13 +42,34 @@ def chosen(content: dict[str, Any], cells: list[Cell]) -> Cell:
     finished = {row["name"] for row in content["cells"] if row["status"] == "finished"}
     final = [cell for cell in cells if cell.stage == "final" and cell.name in finished]
     restarting = [cell for cell in final if cell.recipe.spec.restarts]
-    return (restarting or final[-1:])[0]
+    return min(restarting, key=first_restart) if restarting else final[-1]
+
+
+def first_restart(cell: Cell) -> int:
+    """Return the step after which a cell restarts for the first time."""
+    return (cell.recipe.switch_step or 0) + cell.recipe.relora.restart_every
+
+
+def how_far(cell: Cell, step: int) -> str:
+    """Say what of a cell its first steps have been."""
+    if step <= (cell.recipe.switch_step or 0):
+        return "full rank"
+    restarts = sum(at <= step for at in Plan(recipe=cell.recipe).restart_steps)
+    return f"low rank, {restarts} restart{'' if restarts == 1 else 's'}"
+
+
+def row_of(content: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """Return what a study's results hold of a cell."""
+    (row,) = (row for row in content["cells"] if row["name"] == cell.name)
+    return row
 
 
 def recorded(content: dict[str, Any], cell: Cell, last_step: int) -> dict[int, float]:
     """Return the losses of a cell's training that its results hold, by step; of a long run, means."""
-    (row,) = (row for row in content["cells"] if row["name"] == cell.name)
-    by_step = {round(tokens / cell.recipe.tokens_per_step): loss for tokens, loss in row["train_curve"]}
+    by_step = {
+        round(tokens / cell.recipe.tokens_per_step): loss
+        for tokens, loss in row_of(content, cell)["train_curve"]
+    }
     return {step: loss for step, loss in by_step.items() if step <= last_step}
 
 
@@ -65,13 +87,14 @@ def trained_again(cell: Cell, folder: Path, last_step: int) -> dict[int, float]:
         command = [sys.executable, "-m", "relora", "train", str(path)]
         training = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
     try:
-        while last_step > max(losses := losses_of(metrics), default=0):
-            if training.poll() is not None:
-                raise RuntimeError((folder / "said.txt").read_text()[-2000:])
+        while training.poll() is None and last_step > max(losses_of(metrics), default=0):
             time.sleep(_POLL_S)
     finally:
         training.terminate()
         training.wait()
+    losses = losses_of(metrics)
+    if last_step > max(losses, default=0):
+        raise RuntimeError((folder / "said.txt").read_text()[-2000:])
     return losses
 
 
@@ -105,14 +128,16 @@ def compared(study: Path, last_step: int) -> dict[str, Any]:
         if data_facts(cell)["fingerprint"] not in {facts["fingerprint"] for facts in content["data"]}:
             raise DataError("its text is another version here")
         before = recorded(content, cell, last_step)
+        if not before:
+            raise DataError(f"its results hold no loss of the first {last_step} steps")
         again = as_recorded(trained_again(cell, Path(folder), max(before)), sorted(before))
-    (row,) = (row for row in content["cells"] if row["name"] == cell.name)
     return {
         "study": study.name,
         "cell": cell.name,
-        "recorded_on": row["device"],
+        "recorded_on": row_of(content, cell)["device"],
         "steps": len(before),
         "last_step": max(before),
+        "of": how_far(cell, max(before)),
         "largest_difference": max(abs(again[step] - loss) for step, loss in before.items()),
     }
 
@@ -126,8 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     studies = arguments.studies or sorted(path.parents[1].name for path in HERE.glob("*/results/study.json"))
     found, left_out = [], {}
-    print("| study | cell | recorded on | losses compared, to step | largest difference, nats |")
-    print("|---|---|---|---|---|")
+    print("| study | cell | recorded on | losses compared, to step | of | largest difference, nats |")
+    print("|---|---|---|---|---|---|")
     for study in studies:
         try:
             row = compared(HERE / study, arguments.steps)
@@ -137,7 +162,10 @@ def main() -> None:
         found.append(row)
         steps = f"{row['steps']}, {row['last_step']}"
         difference = f"{row['largest_difference']:.5f}"
-        print(f"| {study} | {row['cell']} | {row['recorded_on']} | {steps} | {difference} |", flush=True)
+        print(
+            f"| {study} | {row['cell']} | {row['recorded_on']} | {steps} | {row['of']} | {difference} |",
+            flush=True,
+        )
     for study, reason in left_out.items():
         print(f"{study}: left out: {reason}")
     if arguments.json:

@@ -85,8 +85,11 @@ def beside_the_record(facts: Mapping[str, Any]) -> str:
         for name, version in record["versions"].items()
         if facts["versions"].get(name, "").partition("+")[0] != version.partition("+")[0]
     }
-    wanted = " ".join(f"{name}=={version.partition('+')[0]}" for name, version in others.items())
-    return f"another text than that of the committed studies, which need: {wanted or 'these packages alone'}"
+    wanted = [f"{name}=={version.partition('+')[0]}" for name, version in others.items()]
+    wanted += [f"no {name}" for name in facts["versions"] if name not in record["versions"]]
+    return (
+        f"another text than that of the committed studies, which need: {', '.join(wanted) or 'other files'}"
+    )
 
 
 if __name__ == "__main__":
