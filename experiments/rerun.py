@@ -3,9 +3,9 @@
     python experiments/rerun.py [STUDY ...] [--steps 60] [--json FILE]
 
 The cell is the final one that restarts first, or else of the study's last arm, trained as one thread by
-itself; how often it had restarted, or that it was still at full rank, is said. On the text, the kind of processor and
-the versions of the record its losses are the same to the four decimals that are recorded; on others they part
-slowly. A study whose text is not at hand, or is another version, is named and left out.
+itself; how often it had restarted, or that it was still at full rank, is said. On the text, the kind of
+processor and the versions of the record its losses are the same to the four decimals that are recorded; on
+others they part slowly. A study whose text is not at hand, or is another version, is named and left out.
 """
 
 import argparse
