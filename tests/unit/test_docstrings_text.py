@@ -1,19 +1,15 @@
 """The prose of the studies: what a text made here lacks to be theirs is said."""
 
-import importlib.util
 import json
 
 import pytest
 
-from experiment_scripts import EXPERIMENTS
+from experiment_scripts import experiment_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("docstrings", EXPERIMENTS / "texts" / "docstrings.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment_script("texts.docstrings")
 
 
 def test_the_record_is_of_the_packages_that_the_text_is_made_of(script):
