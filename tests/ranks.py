@@ -30,4 +30,5 @@ def _on_a_rank(rank: int, folder: str, work: Callable[..., object], arguments: t
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save(work(rank, *arguments), Path(folder, f"rank{rank}.pt"))
-    dist.destroy_process_group()
+    if dist.is_initialized():  # `work` may leave by itself
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """DDP around an injected model: what it broadcasts keeps ranks one model, and restarts happen in place."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from method_samples import layers_of, same_bits, snapshot, train_factors_
+from ranks import on_two_ranks
 from relora import ReLoRA, ReLoRAConfig, inject, merge_and_reinit_
+from relora.train.parallel import Processes
 
 CONFIG = ReLoRAConfig(rank=3, restart_every=2, init="orthonormal", scaling_rule="learned")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -76,3 +79,22 @@ def test_ranks_that_start_apart_are_one_model_after_the_broadcast_and_stay_so(dt
     if dtype == torch.bfloat16:
         residual = layers_of(first)["0"].weight_residual
         assert residual is not None and residual.count_nonzero() > 0
+
+
+def leave_with_a_replica(rank: int) -> list[bool]:
+    here = Processes(rank=rank, world_size=2, device=torch.device("cpu"))
+    replica = here.wrap_for_training(nn.Linear(9, 11), compile_it=False)
+    dropped = here.wrap_for_training(nn.Linear(9, 11), compile_it=False)
+    assert set(here.replicas) == {replica, dropped}
+    del dropped
+    assert set(here.replicas) == {replica}
+    replica(torch.randn(4, 9)).square().mean().backward()
+    reducer = weakref.ref(replica.reducer)
+    before = reducer() is not None
+    here.leave()
+    return [before, reducer() is None, not dist.is_initialized()]
+
+
+def test_a_replica_that_outlives_its_group_does_not_hold_it_last() -> None:
+    # Its reducer would: gloo's threads end under Python's lock then, which one of them may be waiting for.
+    assert on_two_ranks(leave_with_a_replica) == ([True] * 3, [True] * 3)

@@ -117,6 +117,7 @@ def test_ddp_and_compile_wrap_the_loss(tmp_path: Path, chunk_tokens: int | None)
         model.zero_grad()
         loss = replica(IDS)
         loss.backward()
+        del replica  # see Processes.leave
     finally:
         dist.destroy_process_group()
     got = {name: p.grad for name, p in model.named_parameters()}

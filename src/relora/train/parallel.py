@@ -6,9 +6,10 @@ The only place besides the command line that reads the environment. A collective
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ class Processes:
     device: torch.device
     patient_group: dist.ProcessGroup | None = None
     """Waits as long as the main process takes, which may read and tokenise for hours."""
+    replicas: WeakSet[DistributedDataParallel] = field(default_factory=WeakSet)
+    """What `wrap_for_training` returned and is still in use."""
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +56,18 @@ class Processes:
         # Buffers are constants here; ranks agree on them since construction. (Set afterwards, since torch
         # names the argument differently from version to version.)
         parallel.broadcast_buffers = False
+        self.replicas.add(parallel)
         return parallel
+
+    def leave(self) -> None:
+        """Leave the group of processes; what was wrapped for training can train no more."""
+        if self.world_size == 1:
+            return
+        # A traceback may hold a replica. Were its reducer the last to hold the group, it would end gloo's
+        # threads without giving up Python's lock, which one of them may be waiting for: a hang.
+        for replica in self.replicas:
+            del replica.reducer, replica.logger
+        dist.destroy_process_group()
 
     def main_first(self, action: Callable[[], Result]) -> Result:
         """Do something on the main process, then on the others, which find its files."""
@@ -135,8 +149,8 @@ def processes(strategy: Strategy) -> Iterator[Processes]:
     if world_size > 1:
         dist.init_process_group("nccl" if has_cuda else "gloo")
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    here = Processes(rank=rank, world_size=world_size, device=device, patient_group=patient_group)
     try:
-        yield Processes(rank=rank, world_size=world_size, device=device, patient_group=patient_group)
+        yield here
     finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        here.leave()
