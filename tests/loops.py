@@ -40,10 +40,10 @@ class Loop:
         self.model = tiny_model() if model is None else model
         self.dtype = next(self.model.parameters()).dtype
         inject(self.model, config, seed=seed)
+        self.called = self.model if wrap is None else wrap(self.model)
         made = make_optimizers(self.model)
         self.optimizers = made if isinstance(made, list) else [made]
         self.schedulers = [JaggedCosineLR(o, **schedule) for o in self.optimizers] if schedule else []
-        self.called = self.model if wrap is None else wrap(self.model)
         self.relora = ReLoRA(self.called, made, config, seed=seed, **calendar)
         self.reports = []
 

@@ -17,9 +17,7 @@ from relora import (
     ReLoRAConfig,
     fold,
     inject,
-    lora_parameters,
     merge_and_reinit_,
-    reset_optimizer_state_,
 )
 from relora.method.adapters import OptimizerAdapter, register_optimizer_adapter
 
@@ -194,34 +192,40 @@ def slices_in_place(model):
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("shard_", [fully_shard, slices_in_place])
-def test_sharded_layers_are_refused_with_nothing_changed(shard_):
+def test_layers_that_fsdp_has_flattened_are_refused_with_nothing_changed():
     model = tiny_model()
     inject(model, CONFIG)
     with torch.no_grad():
         model.up.lora_B.fill_(0.5)
-    shard_(model)
+    slices_in_place(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for use in (
         lambda: ReLoRA(model, adamw(model), CONFIG),
         lambda: merge_and_reinit_(model, seed=0, restart_index=1),
         lambda: fold(model),
     ):
-        with pytest.raises(ConfigError, match="up is sharded"):
+        with pytest.raises(
+            ConfigError, match=r"up is sharded .*cuts weights regardless of rows.*fully_shard"
+        ):
             use()
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.usefixtures("process_group")
-def test_sharded_optimizer_states_are_refused():
+def test_encoded_states_of_sharded_factors_are_refused():
+    class Encoded(torch.optim.AdamW):
+        pass
+
+    class Decoding(OptimizerAdapter):
+        def read(self, state, moment):
+            return state[moment]
+
+    register_optimizer_adapter(Decoding(optimizer=Encoded, moments=("exp_avg", "exp_avg_sq"), step="step"))
     model = tiny_model()
     inject(model, CONFIG)
     fully_shard(model)
-    optimizer = adamw(model)
-    model(torch.ones(2, 7)).sum().backward()
-    optimizer.step()
-    with pytest.raises(ConfigError, match="'exp_avg' is stored as DTensor"):
-        reset_optimizer_state_(optimizer, lora_parameters(model), method="zero")
+    with pytest.raises(ConfigError, match="factors are sharded, and Encoded encodes its states"):
+        ReLoRA(model, Encoded(p for p in model.parameters() if p.requires_grad), CONFIG)
 
 
 @pytest.mark.parametrize("calendar", [{"start": -1}, {"start": 5, "end": 4}])

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from relora.errors import ConfigError
 from relora.method.plugins import load_plugins
+from relora.method.shards import local, own_part, whole
 
 State = dict[str, Any]
 
@@ -40,14 +41,15 @@ class OptimizerAdapter:
     """How far `read` may be from what `write_` was given, over its largest value; 0 unless encoded."""
 
     def read(self, state: State, moment: str) -> Tensor:
-        """Return the values of a moment as a floating-point tensor, decoded if need be.
+        """Return the values of a moment as a floating-point tensor, decoded if need be, gathered if sharded.
 
         Raises:
             ConfigError: if they are stored in a way this adapter does not decode.
         """
         values = state[moment]
         assert isinstance(values, Tensor)
-        is_wrapper = hasattr(values, "__tensor_flatten__")  # sharded, or quantised
+        values = whole(values)
+        is_wrapper = hasattr(values, "__tensor_flatten__")  # quantised
         if is_wrapper or not values.is_floating_point():
             stored_as = type(values).__name__ if is_wrapper else values.dtype
             raise ConfigError(
@@ -59,7 +61,7 @@ class OptimizerAdapter:
 
     def clear_(self, state: State, moment: str, mask: Tensor) -> None:
         """Set the entries of a moment where `mask` (bool, the moment's shape) is true to 0."""
-        state[moment].masked_fill_(mask, 0)
+        local(state[moment]).masked_fill_(own_part(mask, state[moment]), 0)
 
     def obstacle(self, state: State, moment: str, method: str) -> str | None:
         """Say why this moment cannot be reset by `method`, None if it can; asked before anything changes."""
@@ -68,7 +70,7 @@ class OptimizerAdapter:
 
     def write_(self, state: State, moment: str, values: Tensor) -> None:
         """Store the values of a moment, in the shape and dtype that `read` returns, encoded if need be."""
-        state[moment].copy_(values)
+        local(state[moment]).copy_(own_part(values, state[moment]))
 
     def reset_step_(self, state: State) -> bool:
         """Set the step count to 0 in place; return whether there was one."""

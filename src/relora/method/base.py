@@ -20,6 +20,7 @@ from relora.errors import ConfigError
 from relora.method.codecs import BaseCodec, base_codec
 from relora.method.config import ReLoRAConfig
 from relora.method.master import SUPPORTED_DTYPES, Master, elements, fingerprint, keeping, master_for
+from relora.method.shards import is_sharded, local
 
 # Work on the exact value goes over blocks of rows: a few float64 copies of a fraction of a layer are less
 # than the layer itself. A block has this many entries at least, so that a small layer's time is not all
@@ -101,14 +102,21 @@ class FrozenBase(nn.Module):
         sides = (self.out_features, self.in_features)
         return sides[::-1] if self.is_transposed else sides
 
+    @property
+    def num_rows(self) -> int:
+        """How many output features this process holds: all of them, unless the layer is sharded."""
+        return len(local(self.weight)) if is_sharded(self.weight) else self.out_features
+
     def row_blocks(self) -> Iterator[slice]:
-        """Yield slices of output features small enough for float64 work on them to stay cheap in memory."""
+        """Yield slices of the output features that are here, small enough for float64 work on them to stay
+        cheap in memory.
+        """
         is_on_gpu = self.weight.device.type == "cuda"
         least = _LEAST_BLOCK_ENTRIES_ON_A_GPU if is_on_gpu else _LEAST_BLOCK_ENTRIES
-        entries = max(least, self.out_features * self.in_features // _BLOCKS)
+        entries = max(least, self.num_rows * self.in_features // _BLOCKS)
         step = max(1, entries // self.in_features)
-        for first in range(0, self.out_features, step):
-            yield slice(first, min(first + step, self.out_features))
+        for first in range(0, self.num_rows, step):
+            yield slice(first, min(first + step, self.num_rows))
 
     def weight_rows(self, rows: slice) -> Tensor:
         """Return the base as the forward pass uses it: (rows, in_features), a view of it or decoded."""
@@ -168,7 +176,8 @@ class FrozenBase(nn.Module):
         return self.weight_residual if self._host_residual is None else self._host_residual
 
     def _by_rows(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().T if self.is_transposed else tensor.detach()
+        here = local(tensor.detach())
+        return here.T if self.is_transposed else here
 
     def _residual_rows(self, rows: slice) -> Tensor | None:
         residual = elements(self._residual)

@@ -19,6 +19,7 @@ from relora.method.codecs import base_codec
 from relora.method.config import ReLoRAConfig
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.merge import merge_
+from relora.method.shards import is_sharded, reshard_
 from relora.method.targets import LeftAlone, TargetChoice, choose_targets
 
 
@@ -108,7 +109,15 @@ def fold(model: nn.Module) -> nn.Module:
         ConfigError: if the model holds no factors, or is sharded.
         NonFiniteError: if a merged weight would not be finite; nothing has changed then.
     """
+    reshard_(model)
     layers = lora_layers(model)
+    for layer in layers:
+        if is_sharded(layer.weight):
+            raise ConfigError(
+                f"{layer.name or 'the layer'} is sharded: fold a whole model instead, injected alike, into "
+                "which torch.distributed.checkpoint.state_dict.get_model_state_dict(..., "
+                "options=StateDictOptions(full_state_dict=True)) of this one is loaded"
+            )
     merge_(layers)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

@@ -26,6 +26,7 @@ from relora.method.master import keeping
 from relora.method.momentum import BaseWithMomentum
 from relora.method.observe import Observer, observed, product_of
 from relora.method.scaling import initial_scaling
+from relora.method.shards import local, own_part, whole
 
 _LEAST_GATHERED = 16
 """Tokens from which on finding the inputs that lora_A selects costs less than a product with it."""
@@ -213,18 +214,22 @@ class LoRALinear(BaseWithMomentum):
         """Return scaling * lora_B @ lora_A, the update of this cycle so far.
 
         Args:
-            rows: Which output features to compute.
-            lora_A: lora_A in `merge_dtype`, from whoever asks for one block of rows after the other.
+            rows: Which output features to compute, of those that are here (`num_rows`).
+            lora_A: `whole_lora_A()`, from whoever asks for one block of rows after the other.
 
         Returns:
-            (out_features, in_features), or the rows asked for, in `merge_dtype`.
+            (num_rows, in_features), or the rows asked for, in `merge_dtype`.
         """
         dtype = self.merge_dtype
         with torch.autocast(self.weight.device.type, enabled=False):
             scaling = self.scaling.to(dtype) if isinstance(self.scaling, Tensor) else self.scaling
-            return (self.lora_B[rows].to(dtype) * scaling) @ (
-                self.lora_A.to(dtype) if lora_A is None else lora_A
+            return (local(self.lora_B)[rows].to(dtype) * scaling) @ (
+                self.whole_lora_A() if lora_A is None else lora_A
             )
+
+    def whole_lora_A(self) -> Tensor:
+        """Return lora_A in `merge_dtype`, gathered from all ranks if the layer is sharded."""
+        return whole(self.lora_A.detach()).to(self.merge_dtype)
 
     @torch.no_grad()
     def reinit_(self, *, seed: int, restart_index: int) -> None:
@@ -239,7 +244,8 @@ class LoRALinear(BaseWithMomentum):
                 name=self.name,
                 device=self.lora_A.device,
             )
-            self.lora_A.copy_(FACTOR_INITS[self.config.factor_init].draw(draw))
+            drawn = FACTOR_INITS[self.config.factor_init].draw(draw).to(self.lora_A.device)
+            local(self.lora_A).copy_(own_part(drawn, self.lora_A))
         self.lora_B.zero_()
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.linalg import vector_norm as norm
 
@@ -18,6 +19,7 @@ from relora.errors import ConfigError, NonFiniteError
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.ranks import take_from_first_rank_
+from relora.method.shards import is_sharded, local, reduce_over_shards_, refuse_unfit_shards, reshard_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +68,31 @@ def merge_and_reinit_(model: nn.Module, *, seed: int, restart_index: int) -> Mer
             that layer's new lora_A.
 
     Raises:
-        ConfigError: if the model holds no factors, or is sharded.
+        ConfigError: if the model holds no factors, or is sharded in a way that cannot be merged.
         NonFiniteError: if any merged weight would not be finite; nothing has changed then.
     """
+    reshard_(model)
     layers = lora_layers(model)
     report = merge_(layers)
     reinit_(layers, seed=seed, restart_index=restart_index)
     return report
 
 
-def refuse_sharded(layers: Sequence[LoRALinear]) -> None:
-    """Refuse layers of which this process holds a part only, by FSDP of either kind.
+def refuse_unmergeable(layers: Sequence[LoRALinear]) -> None:
+    """Refuse layers of which this process holds a part that it cannot merge by itself.
 
     Raises:
         ConfigError: naming the first.
     """
+    refuse_unfit_shards([(layer.name or "the layer", layer.weight, layer.lora_B) for layer in layers])
     for layer in layers:
-        is_dtensor = hasattr(layer.weight, "placements") or hasattr(layer.lora_B, "placements")
-        if is_dtensor or layer.weight.ndim != 2 or layer.lora_B.ndim != 2:
+        residual = layer.weight_residual if layer.host_residual is None else layer.host_residual
+        if is_sharded(layer.weight) and (layer.is_transposed or residual is not None):
+            kind = "a Conv1D, stored transposed" if layer.is_transposed else f"of {layer.weight.dtype}"
             raise ConfigError(
-                f"{layer.name or 'the layer'} is sharded: merges into sharded layers are not known yet; "
-                "use DistributedDataParallel, or fold a whole copy of the model"
+                f"{layer.name or 'the layer'} is sharded and {kind}: of sharded layers only an nn.Linear in "
+                "float32 can be merged; FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16) computes in "
+                "bf16 with it"
             )
 
 
@@ -95,8 +101,10 @@ def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> N
     for layer in layers:
         layer.reinit_(seed=seed, restart_index=restart_index)
     # Ranks draw the same numbers; whether a GPU's linear algebra has the same bits is not left to chance.
+    # (Of a sharded lora_A each rank has rows of its own draw, and no other.)
     made_there = [layer for layer in layers if FACTOR_INITS[layer.config.factor_init].is_made_on_device]
-    take_from_first_rank_([layer.lora_A.detach() for layer in made_there if layer.lora_A.is_cuda])
+    rows = [layer.lora_A.detach() for layer in made_there if not is_sharded(layer.lora_A)]
+    take_from_first_rank_([lora_A for lora_A in rows if lora_A.is_cuda])
 
 
 @torch.no_grad()
@@ -108,10 +116,11 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
         keep: What weight decay leaves of the base.
 
     Raises:
-        ConfigError: if a layer is sharded, or its lora_A no longer selects inputs with init="columns".
+        ConfigError: if a layer is sharded in a way that cannot be merged, or its lora_A no longer selects
+            inputs with init="columns".
         NonFiniteError: naming every layer whose merged weight would not be finite; nothing has changed then.
     """
-    refuse_sharded(layers)
+    refuse_unmergeable(layers)
     changed = [layer.name or "the layer" for layer in layers if not layer.could_be_rows(layer.lora_A)]
     if changed:
         raise ConfigError(
@@ -130,10 +139,20 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
 
 
 def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
-    """Tell whether all merged weights would be finite: by a bound, which costs no product, or one by one."""
-    if _bound(layer, keep) < torch.finfo(layer.value_dtype).max / 2:
+    """Tell whether all merged weights would be finite, on every rank."""
+    lora_A = layer.whole_lora_A()
+    is_broken = layer.num_rows > 0 and not _rows_are_mergeable(layer, lora_A, keep)
+    if not is_sharded(layer.weight):
+        return not is_broken
+    anywhere = torch.tensor(float(is_broken), device=layer.weight.device)
+    reduce_over_shards_(anywhere, layer.weight, dist.ReduceOp.MAX)
+    return not bool(anywhere)
+
+
+def _rows_are_mergeable(layer: LoRALinear, lora_A: Tensor, keep: float) -> bool:
+    """Tell whether the rows here would be finite: by a bound, which costs no product, or one by one."""
+    if _bound(layer, lora_A, keep) < torch.finfo(layer.value_dtype).max / 2:
         return True
-    lora_A = layer.lora_A.to(layer.merge_dtype)
     finite = [
         _sum(layer.master_rows(rows), layer.delta(rows, lora_A=lora_A), keep)
         .to(layer.value_dtype)
@@ -144,9 +163,9 @@ def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
     return bool(torch.stack(finite).all())
 
 
-def _bound(layer: LoRALinear, keep: float) -> float:
+def _bound(layer: LoRALinear, lora_A: Tensor, keep: float) -> float:
     """Return what no merged weight exceeds in size (Cauchy and Schwarz); not finite if something is not."""
-    of_delta = norm(layer.lora_B, dim=1).amax() * norm(layer.lora_A, dim=0).amax() * layer.scaling
+    of_delta = norm(local(layer.lora_B), dim=1).amax() * norm(lora_A, dim=0).amax() * layer.scaling
     of_base = torch.stack([norm(layer.master_rows(rows), math.inf) for rows in layer.row_blocks()]).amax()
     return float(of_base * keep + of_delta.abs())
 
@@ -160,7 +179,7 @@ def _sum(base: Tensor, delta: Tensor, keep: float) -> Tensor:
 def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
     sums = torch.zeros(2, dtype=layer.merge_dtype, device=layer.weight.device)
     peaks = torch.zeros_like(sums)
-    lora_A = layer.lora_A.to(layer.merge_dtype)
+    lora_A = layer.whole_lora_A()
     for rows in layer.row_blocks():
         delta = layer.delta(rows, lora_A=lora_A)
         target = _sum(layer.master_rows(rows), delta, keep)
@@ -174,6 +193,8 @@ def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
         sums += torch.stack(sizes).square()
         peaks = torch.maximum(peaks, torch.stack(largest))
     layer.claim_residual_()
+    reduce_over_shards_(sums, layer.weight, dist.ReduceOp.SUM)
+    reduce_over_shards_(peaks, layer.weight, dist.ReduceOp.MAX)
     delta_norm, lost_norm = (math.sqrt(value) for value in sums.tolist())
     max_abs_delta, max_function_change = peaks.tolist()
     return LayerMerge(

@@ -17,16 +17,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from relora.errors import CheckpointError, ConfigError
-from relora.method.adapters import adapter_for
+from relora.method.adapters import OptimizerAdapter, adapter_for
 from relora.method.base_error import carry_base_error_
 from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig, ResetMethod
 from relora.method.linear import LoRALinear, lora_layers
-from relora.method.merge import merge_, refuse_sharded, reinit_
+from relora.method.merge import merge_, refuse_unmergeable, reinit_
 from relora.method.reset import check_resettable
 from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar
 from relora.method.seeds import derived_seed
+from relora.method.shards import is_sharded, reshard_
 from relora.method.state_policies import NEEDS_OVERLAPS, STATE_POLICIES, Renewal
 from relora.method.transport import overlap, refuse_untransportable
 from relora.method.watch import Watch
@@ -38,7 +39,7 @@ class ReLoRA:
     """Restarts an injected model at the ends of its cycles.
 
     Args:
-        model: The injected model, or a wrapper around it (DDP, torch.compile).
+        model: The injected model, or a wrapper around it (DDP, torch.compile); it may be sharded by FSDP2.
         optimizer: The optimizer that holds the factors, or several that share them.
         config: The config the model was injected with.
         seed: Root of the factors' seeds at restarts.
@@ -47,9 +48,9 @@ class ReLoRA:
         last_restart: No restart falls later than this step, so that its re-warm ends before the run does.
 
     Raises:
-        ConfigError: if the model holds no factors, was injected with another config or is sharded, an
-            optimizer lacks factors or is of an unknown family, the calendar is out of range, or the model is
-            compiled and the config observes gradients.
+        ConfigError: if the model holds no factors, was injected with another config or is sharded in a way
+            that cannot be merged, an optimizer lacks factors or is of an unknown family, the calendar is out
+            of range, or the model is compiled or sharded and the config observes gradients.
 
     Attributes:
         complement_report: What the last step on the complement did (`residual`); None before the first.
@@ -80,13 +81,16 @@ class ReLoRA:
         self._step = start
         self._restarted_at: int | None = None
         self._keep = 1.0
+        reshard_(model)
         self._layers = lora_layers(model)
+        self._may_be_sharded = any(is_sharded(layer.weight) for layer in self._layers)
         self._refuse_unfit_layers()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._held = self._factors_by_optimizer(optimizers)
         for held_by, _ in self._held if config.reset in NEEDS_OVERLAPS else ():
             refuse_untransportable(held_by)
         adapters = [adapter_for(held_by) for held_by, _ in self._held]
+        self._refuse_encoded_shards(adapters)
         if config.reset_step_count and all(adapter.step is None for adapter in adapters):
             warnings.warn("reset_step_count has no effect: the optimizer counts no steps", stacklevel=2)
         self.complement_report: ComplementReport | None = None
@@ -123,6 +127,7 @@ class ReLoRA:
                 f"after_step({step}) lies past end={self.calendar.end}, the last step: build ReLoRA with the "
                 "end of the longer run"
             )
+        self._reshard_()
         if was_taken:
             self._watch.refuse_unseen(step)
         else:
@@ -159,10 +164,15 @@ class ReLoRA:
         """
         if self._restarted_at == self._step or not self.calendar.restarts_at(self._step):
             return None
+        self._reshard_()
         report = self._restart(self._step, self._keep, seen=False)
         self._keep = 1.0
         self._watch_next_step()
         return report
+
+    def _reshard_(self) -> None:
+        if self._may_be_sharded:
+            reshard_(self.model)
 
     @torch.no_grad()
     def _restart(self, step: int, keep: float, *, seen: bool = True) -> RestartReport:
@@ -172,7 +182,7 @@ class ReLoRA:
         merge = merge_(self._layers, keep=keep)
         index = self.restart_index + 1
         old = self._layers if self.config.reset in NEEDS_OVERLAPS else ()
-        old_As = {f"{layer.name}.lora_B".lstrip("."): layer.lora_A.detach().clone() for layer in old}
+        old_As = {f"{layer.name}.lora_B".lstrip("."): layer.whole_lora_A().clone() for layer in old}
         reinit_(self._layers, seed=self.seed, restart_index=index)
         gradient_init = self._watch.take_gradient_rows_(seen=seen)
         base_error = carry_base_error_(self._layers) if self.config.carry_base_error else None
@@ -251,8 +261,16 @@ class ReLoRA:
         }
 
     def _refuse_unfit_layers(self) -> None:
-        refuse_sharded(self._layers)
+        refuse_unmergeable(self._layers)
+        observing = f"residual={self.config.residual!r}" if self.config.residual != "none" else None
+        if self.config.factor_init == "gradient":
+            observing = 'init="gradient"'
         for layer in self._layers:
+            if observing is not None and is_sharded(layer.weight):
+                raise ConfigError(
+                    f"{layer.name} is sharded, and {observing} observes gradients of whole layers: use "
+                    "DistributedDataParallel, or choose settings that need no gradient of the base"
+                )
             if layer.config == self.config:
                 continue
             mine, theirs = asdict(self.config), asdict(layer.config)
@@ -260,6 +278,15 @@ class ReLoRA:
             raise ConfigError(
                 f"{layer.name} was injected with another config: {', '.join(fields)}; pass inject and ReLoRA "
                 "the same"
+            )
+
+    def _refuse_encoded_shards(self, adapters: Sequence[OptimizerAdapter]) -> None:
+        """Refuse to reset what is both encoded and sharded, before a restart comes to it."""
+        encoding = [a for a in adapters if type(a).read is not OptimizerAdapter.read]
+        if encoding and any(is_sharded(layer.lora_B) for layer in self._layers):
+            raise ConfigError(
+                f"the factors are sharded, and {encoding[0].optimizer.__name__} encodes its states: a reset "
+                "knows one of them at a time; use an optimizer of torch.optim, or DistributedDataParallel"
             )
 
     def _refuse_other_factors(self) -> None:
@@ -291,8 +318,8 @@ class ReLoRA:
         if missing:
             raise ConfigError(
                 f"the optimizer does not hold {len(missing)} of {len(factors)} factors (the first is "
-                f"{missing[0]}): build it after inject(model, config), from the parameters that require "
-                "gradients"
+                f"{missing[0]}): build it after inject(model, config), and after fully_shard, from the "
+                "parameters that require gradients"
             )
         owned = [(o, [pair for pair in factors if id(pair[1]) in held]) for o, held in ids.items()]
         return [(optimizer, pairs) for optimizer, pairs in owned if pairs]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from relora.errors import ConfigError
 from relora.method.linear import LoRALinear
+from relora.method.shards import gathered, reshard_, whole
 from relora.method.targets import canonical_name, looks_linear
 
 
@@ -62,20 +63,25 @@ class Spectrum:
 def function_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copy the weight that each linear layer applies: base + delta where it carries factors.
 
+    Of a sharded model every rank calls this, and gets all of it.
+
     Returns:
         Full module name -> (out_features, in_features) CPU copy, in the base's dtype or, for an injected
         layer, float64 from the base's master.
     """
+    reshard_(model)
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             module.drop_stale_residual_()
             everything = slice(None)
             delta = module.delta()
-            weights[canonical_name(name)] = (module.master_rows(everything).to(delta.dtype) + delta).cpu()
+            rows = module.master_rows(everything).to(delta.dtype) + delta
+            weights[canonical_name(name)] = gathered(rows, module.weight).cpu()
         elif looks_linear(module) and isinstance(weight := module._parameters.get("weight"), Tensor):
-            rows = weight if isinstance(module, nn.Linear) else weight.T
-            weights[canonical_name(name)] = rows.detach().cpu().clone()
+            plain = whole(weight.detach())
+            rows = plain if isinstance(module, nn.Linear) else plain.T
+            weights[canonical_name(name)] = rows.cpu().clone()
     return weights
 
 

@@ -29,7 +29,7 @@ from relora.method.reset import ParameterReset, ResetReport, check_resettable
 
 def overlap(old_A: Tensor, layer: LoRALinear) -> Tensor:
     """Return A_old A_new^T, (rank, rank), of a layer that has its new lora_A, at merge precision."""
-    return old_A.to(layer.merge_dtype) @ layer.lora_A.detach().to(layer.merge_dtype).T
+    return old_A.to(layer.merge_dtype) @ layer.whole_lora_A().T
 
 
 def carried_first(moment: Tensor, overlap: Tensor) -> Tensor:

@@ -1,0 +1,260 @@
+"""FSDP2 around an injected model: two ranks, each with its own rows, train and restart as one process."""
+
+import copy
+import math
+from collections import OrderedDict
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from loops import Loop, adamw, tiny_model
+from method_samples import Conv1D
+from ranks import on_two_ranks
+from relora import ReLoRA, ReLoRAConfig, fold, inject, merge_and_reinit_
+from relora.errors import ConfigError, NonFiniteError
+from relora.method.spectrum import function_weights
+
+CONFIG = ReLoRAConfig(rank=3, restart_every=3, init="orthonormal")
+CONFIGS = {
+    "magnitude": CONFIG,
+    "zero": replace(CONFIG, reset="zero", reset_step_count=True, init="kaiming", forward="effective"),
+    "random": replace(CONFIG, reset="random", reset_mask="separate", forward="factored"),
+    "transport": replace(CONFIG, factors="B", reset="transport", scaling_rule="matched"),
+    "none": replace(CONFIG, factors="B", reset="none", init="cover", base_weight_decay=0.3),
+    "columns": replace(CONFIG, factors="B", reset="none", init="columns", scaling_rule="matched"),
+}
+STEPS = 10
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def with_a_narrow_layer():
+    """Of the last layer, of one output, a rank has no row."""
+    model = tiny_model()
+    model.add_module("last", nn.Linear(9, 1))
+    with torch.no_grad():
+        for index, parameter in enumerate(model.last.parameters()):
+            parameter.copy_(torch.linspace(-0.3, 0.5, parameter.numel()).view_as(parameter) + index)
+    return model
+
+
+def sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.down)
+    return fully_shard(model)
+
+
+def steps_of(loop, first, last):
+    losses = []
+    for step in range(first, last + 1):
+        losses.append(loop.update(step))
+        with torch.no_grad():
+            loop.loss(step)  # an evaluation leaves a sharded root whole, where a merge would be lost
+        loop.reports += [report] if (report := loop.relora.after_step(step)) else []
+    return losses
+
+
+def result(config, state_of, *, wrap=None):
+    loop = Loop(config, with_a_narrow_layer(), wrap=wrap)
+    losses = steps_of(loop, 1, STEPS)
+    reports = [report.as_dict() for report in loop.reports]
+    return losses, reports, function_weights(loop.called), dict(state_of(loop.called))
+
+
+def whole_state(model):
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def on_a_rank(rank, names):
+    found = [result(CONFIGS[name], whole_state, wrap=sharded) for name in names]
+    return found if rank == 0 else [[*others, None] for *others, _ in found]  # a whole state is rank 0's
+
+
+def close(left, right):
+    """Compare reports: counts and names exactly, measures as far as rounding lets them be equal."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(close(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(close, left, right))
+    return left == pytest.approx(right, rel=1e-4, abs=1e-6) if isinstance(left, float) else left == right
+
+
+def test_sharded_ranks_train_and_restart_as_one_process():
+    first, second = on_two_ranks(on_a_rank, list(CONFIGS))
+    for config, one, other in zip(CONFIGS.values(), first, second, strict=True):
+        losses, reports, weights, state = result(config, nn.Module.state_dict)
+        assert len(reports) == 3
+        for got in (one, other):
+            assert got[0] == pytest.approx(losses, rel=1e-5)
+            assert close(got[1], reports)
+            torch.testing.assert_close(got[2], weights, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one[3], state, rtol=1e-5, atol=1e-6)
+
+
+def goes_on(rank):
+    """Save in mid-cycle, each rank its own part, and go on in a model made anew."""
+    del rank
+    whole_run, first = (Loop(CONFIG, with_a_narrow_layer(), wrap=sharded) for _ in range(2))
+    steps_of(whole_run, 1, STEPS)
+    steps_of(first, 1, 5)
+    model = copy.deepcopy(get_model_state_dict(first.called))
+    optimizer = copy.deepcopy(get_optimizer_state_dict(first.called, first.optimizers))
+    second = Loop(CONFIG, with_a_narrow_layer(), wrap=sharded, seed=0)
+    set_model_state_dict(second.called, model)
+    set_optimizer_state_dict(second.called, second.optimizers, optimizer)
+    second.relora.load_state_dict(first.relora.state_dict())
+    steps_of(second, 6, STEPS)
+    ends = [get_model_state_dict(loop.called) for loop in (whole_run, second)]
+    differing = [name for name in ends[0] if not torch.equal(*(end[name].to_local() for end in ends))]
+    return [len(second.reports), differing, len(ends[0])]
+
+
+def test_a_sharded_run_goes_on_from_its_parts_bit_for_bit():
+    (reports, differing, names), second = on_two_ranks(goes_on)
+    assert (reports, differing) == (2, []) and names > 8
+    assert second[1] == []
+
+
+def folds_a_whole_copy(rank):
+    loop = Loop(CONFIG, with_a_narrow_layer(), wrap=sharded)
+    steps_of(loop, 1, STEPS)
+    with pytest.raises(ConfigError, match=r"up is sharded: fold a whole model .*full_state_dict"):
+        fold(loop.called)
+    weights, state = function_weights(loop.called), whole_state(loop.called)
+    if rank:
+        return []
+    copy_ = with_a_narrow_layer()
+    inject(copy_, CONFIG)
+    copy_.load_state_dict(state)
+    folded = function_weights(fold(copy_))
+    return [max(float((weights[name] - folded[name]).abs().max()) for name in weights)]
+
+
+def test_a_whole_copy_of_a_sharded_model_folds():
+    ([off], _) = on_two_ranks(folds_a_whole_copy)
+    assert off < 1e-6
+
+
+def merges_nan_of_one_rank(rank):
+    loop = Loop(CONFIG, with_a_narrow_layer(), wrap=sharded)
+    steps_of(loop, 1, 2)
+    loop.called.reshard()
+    if rank:  # in its rows alone
+        loop.model.down.lora_B.detach().to_local()[0, 0] = math.nan
+    before = [p.to_local().clone() for p in loop.model.parameters()]
+    with pytest.raises(NonFiniteError, match="not be finite in down"):
+        merge_and_reinit_(loop.called, seed=0, restart_index=1)
+    after = [p.to_local() for p in loop.model.parameters()]
+    return all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(before, after, strict=True))
+
+
+def test_what_one_rank_cannot_merge_no_rank_merges():
+    assert on_two_ranks(merges_nan_of_one_rank) == (True, True)
+
+
+def in_bf16(model):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    return fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
+def by_two_and_one(model):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts")))
+
+
+def trains_otherwise(rank):
+    del rank
+    found = []
+    for wrap in (in_bf16, by_two_and_one):
+        loop = Loop(CONFIG, with_a_narrow_layer(), wrap=wrap)
+        losses = steps_of(loop, 1, STEPS)
+        loop.called.reshard()
+        merge_errors = [report.merge.relative_merge_error for report in loop.reports]
+        found.append([losses, merge_errors, str(loop.model.up.weight.dtype)])
+    return found
+
+
+def test_bf16_compute_over_float32_parts_and_parts_with_copies():
+    losses, *_ = result(CONFIG, nn.Module.state_dict)
+    for bf16, copies in on_two_ranks(trains_otherwise):
+        assert bf16[0] == pytest.approx(losses, rel=0.05) and bf16[0] != losses
+        assert copies[0] == pytest.approx(losses, rel=1e-5)
+        for _, merge_errors, dtype in (bf16, copies):
+            assert len(merge_errors) == 3 and max(merge_errors) < 1e-6
+            assert dtype == "torch.float32"
+
+
+def is_refused(rank):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    del rank
+    messages = []
+
+    def refused(config, *, dtype=torch.float32, conv=False, **settings):
+        model = nn.Sequential(OrderedDict(layer=Conv1D(8, 8) if conv else nn.Linear(8, 8))).to(dtype)
+        inject(model, config)
+        fully_shard(model, **settings)
+        before = [p.to_local().clone() for p in model.parameters()]
+        with pytest.raises(ConfigError) as refusal:
+            ReLoRA(model, adamw(model), config)
+        assert all(map(torch.equal, before, [p.to_local() for p in model.parameters()]))
+        messages.append(str(refusal.value))
+
+    one_sided = replace(CONFIG, factors="B", reset="none", scaling_rule="matched")
+    refused(CONFIG, dtype=torch.bfloat16)
+    refused(CONFIG, conv=True)
+    refused(replace(one_sided, residual="sign"))
+    refused(replace(one_sided, init="gradient"))
+    refused(replace(CONFIG, rank=4), shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    return messages
+
+
+def test_what_a_part_does_not_allow_is_refused_in_words():
+    first, second = on_two_ranks(is_refused)
+    assert first == second
+    for message, words in zip(
+        first,
+        [
+            "layer is sharded and of torch.bfloat16: of sharded layers only an nn.Linear in float32",
+            "layer is sharded and a Conv1D, stored transposed",
+            "layer is sharded, and residual='sign' observes gradients of whole layers",
+            'layer is sharded, and init="gradient" observes gradients of whole layers',
+            "layer is sharded otherwise than by its rows",
+        ],
+        strict=True,
+    ):
+        assert words in message
+
+
+def fills(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    plain = with_a_narrow_layer()
+    with torch.device("meta"):
+        model = with_a_narrow_layer()
+    inject(model, CONFIG, seed=5)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    set_model_state_dict(
+        model, plain.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False)
+    )
+    inject(plain, CONFIG, seed=5)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return rank == 1 or [name for name, value in plain.state_dict().items() if not value.equal(state[name])]
+
+
+def test_a_model_from_the_meta_device_is_sharded_before_it_has_memory():
+    assert on_two_ranks(fills) == ([], True)
