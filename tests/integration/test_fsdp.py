@@ -2,8 +2,10 @@
 
 import copy
 import math
+import re
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loops import Loop, adamw, tiny_model
 from method_samples import Conv1D
@@ -23,16 +26,22 @@ from ranks import on_two_ranks
 from relora import ReLoRA, ReLoRAConfig, fold, inject, merge_and_reinit_
 from relora.errors import ConfigError, NonFiniteError
 from relora.method.spectrum import function_weights
+from tiny_sizes import SIZES, VOCAB_SIZE
 
 CONFIG = ReLoRAConfig(rank=3, restart_every=3, init="orthonormal")
+ONE_SIDED = replace(CONFIG, factors="B", reset="none", scaling_rule="matched")
 CONFIGS = {
     "magnitude": CONFIG,
     "zero": replace(CONFIG, reset="zero", reset_step_count=True, init="kaiming", forward="effective"),
     "random": replace(CONFIG, reset="random", reset_mask="separate", forward="factored"),
     "transport": replace(CONFIG, factors="B", reset="transport", scaling_rule="matched"),
     "none": replace(CONFIG, factors="B", reset="none", init="cover", base_weight_decay=0.3),
-    "columns": replace(CONFIG, factors="B", reset="none", init="columns", scaling_rule="matched"),
+    "columns": replace(ONE_SIDED, init="columns"),
+    "gradient": replace(ONE_SIDED, init="gradient", init_mix=0.4),
+    "sign": replace(ONE_SIDED, residual="sign", residual_scale=0.5, forward="effective"),
+    "column": replace(ONE_SIDED, residual="column", init="columns", residual_layers=2),
 }
+PRESET = ReLoRAConfig.beyond(rank=3, restart_every=3)
 STEPS = 10
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -68,6 +77,9 @@ def result(config, state_of, *, wrap=None):
     loop = Loop(config, with_a_narrow_layer(), wrap=wrap)
     losses = steps_of(loop, 1, STEPS)
     reports = [report.as_dict() for report in loop.reports]
+    if loop.relora.complement_report is not None:
+        moved = loop.relora.complement_report.as_dict()
+        reports.append({name: moved[name] for name in ("moved_fraction", "step_rms", "num_non_finite")})
     return losses, reports, function_weights(loop.called), dict(state_of(loop.called))
 
 
@@ -93,7 +105,7 @@ def test_sharded_ranks_train_and_restart_as_one_process():
     first, second = on_two_ranks(on_a_rank, list(CONFIGS))
     for config, one, other in zip(CONFIGS.values(), first, second, strict=True):
         losses, reports, weights, state = result(config, nn.Module.state_dict)
-        assert len(reports) == 3
+        assert len(reports) == 3 + (config.residual != "none")
         for got in (one, other):
             assert got[0] == pytest.approx(losses, rel=1e-5)
             assert close(got[1], reports)
@@ -162,6 +174,22 @@ def test_what_one_rank_cannot_merge_no_rank_merges():
     assert on_two_ranks(merges_nan_of_one_rank) == (True, True)
 
 
+def trains_the_preset(rank):
+    del rank
+    return result(PRESET, lambda model: {}, wrap=sharded)[:3]
+
+
+def test_the_preset_steps_on_the_complement_of_sharded_layers():
+    losses, reports, weights, _ = result(PRESET, nn.Module.state_dict)
+    first, second = on_two_ranks(trains_the_preset)
+    assert all(map(torch.equal, first[2].values(), second[2].values())) and first[1] == second[1]
+    # Momenta are rounded at random.
+    assert first[0] == pytest.approx(losses, rel=5e-3)
+    assert first[1][-1] == pytest.approx(reports[-1], rel=0.01) and reports[-1]["moved_fraction"] > 0.9
+    for name, weight in first[2].items():
+        assert float((weight - weights[name]).norm() / weights[name].norm()) < 0.02
+
+
 def in_bf16(model):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -174,11 +202,11 @@ def by_two_and_one(model):
     return fully_shard(model, mesh=dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts")))
 
 
-def trains_otherwise(rank):
+def trains_otherwise(rank, config):
     del rank
     found = []
     for wrap in (in_bf16, by_two_and_one):
-        loop = Loop(CONFIG, with_a_narrow_layer(), wrap=wrap)
+        loop = Loop(config, with_a_narrow_layer(), wrap=wrap)
         losses = steps_of(loop, 1, STEPS)
         loop.called.reshard()
         merge_errors = [report.merge.relative_merge_error for report in loop.reports]
@@ -186,9 +214,10 @@ def trains_otherwise(rank):
     return found
 
 
-def test_bf16_compute_over_float32_parts_and_parts_with_copies():
-    losses, *_ = result(CONFIG, nn.Module.state_dict)
-    for bf16, copies in on_two_ranks(trains_otherwise):
+@pytest.mark.parametrize("config", [CONFIG, CONFIGS["sign"]])
+def test_bf16_compute_over_float32_parts_and_parts_with_copies(config):
+    losses, *_ = result(config, nn.Module.state_dict)
+    for bf16, copies in on_two_ranks(trains_otherwise, config):
         assert bf16[0] == pytest.approx(losses, rel=0.05) and bf16[0] != losses
         assert copies[0] == pytest.approx(losses, rel=1e-5)
         for _, merge_errors, dtype in (bf16, copies):
@@ -213,11 +242,8 @@ def is_refused(rank):
         assert all(map(torch.equal, before, [p.to_local() for p in model.parameters()]))
         messages.append(str(refusal.value))
 
-    one_sided = replace(CONFIG, factors="B", reset="none", scaling_rule="matched")
     refused(CONFIG, dtype=torch.bfloat16)
     refused(CONFIG, conv=True)
-    refused(replace(one_sided, residual="sign"))
-    refused(replace(one_sided, init="gradient"))
     refused(replace(CONFIG, rank=4), shard_placement_fn=lambda p: Shard(p.ndim - 1))
     return messages
 
@@ -230,8 +256,6 @@ def test_what_a_part_does_not_allow_is_refused_in_words():
         [
             "layer is sharded and of torch.bfloat16: of sharded layers only an nn.Linear in float32",
             "layer is sharded and a Conv1D, stored transposed",
-            "layer is sharded, and residual='sign' observes gradients of whole layers",
-            'layer is sharded, and init="gradient" observes gradients of whole layers',
             "layer is sharded otherwise than by its rows",
         ],
         strict=True,
@@ -258,3 +282,35 @@ def fills(rank):
 
 def test_a_model_from_the_meta_device_is_sharded_before_it_has_memory():
     assert on_two_ranks(fills) == ([], True)
+
+
+DOCUMENTED = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parents[2] / "docs" / "method.md").read_text().split("## A model sharded by FSDP2")[1],
+    re.DOTALL,
+)
+
+
+def follows_the_docs(rank, folder):
+    model, plain = (AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)) for _ in range(2))
+    names = {"model": model, "plain": plain, "folder": folder}
+    set_up, export = (block.replace("500", "2") for block in DOCUMENTED)
+    exec(set_up, names)
+    restarts = []
+    for step in range(1, 6):
+        names["optimizer"].zero_grad()
+        tokens = torch.randint(0, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(step))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        names["optimizer"].step()
+        restarts += [report] if (report := names["relora"].after_step(step)) else []
+    weights = function_weights(model)
+    exec(export, names)
+    if rank:
+        return len(restarts)
+    exported = function_weights(AutoModelForCausalLM.from_pretrained(folder))
+    return max(float((weights[name] - exported[name]).abs().max()) for name in weights)
+
+
+def test_the_documented_way_trains_and_exports(tmp_path):
+    off, restarts = on_two_ranks(follows_the_docs, str(tmp_path))
+    assert restarts == 2 and off < 1e-6

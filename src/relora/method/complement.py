@@ -52,6 +52,7 @@ from relora.method.gradient_observer import GradientObserver, move_together_
 from relora.method.linear import LoRALinear
 from relora.method.residuals import RESIDUALS, Residual
 from relora.method.seeds import derived_generator, derived_seed
+from relora.method.shards import whole
 
 
 class LayerObserver(GradientObserver):
@@ -62,25 +63,34 @@ class LayerObserver(GradientObserver):
     def __init__(self, layer: LoRALinear, residual: Residual, *, seed: int = 0) -> None:
         super().__init__(layer, residual, seed=seed)
         self.layer = layer
-        self._rows = Rows(layer.lora_A.detach())
+        self._rows: Rows
 
     def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
         """Add one backward pass, seen by the rows that lora_A has now."""
-        self._rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
+        self._see_rows()
         return super().observe(x, gradient)
+
+    def _see_rows(self) -> None:
+        lora_A = whole(self.layer.lora_A.detach())
+        if lora_A.dtype != torch.float64:
+            lora_A = lora_A.float()  # FSDP2 may have it in bf16 in a backward pass
+        self._rows = Rows(lora_A, lora_A.argmax(1) if self.layer.selects_inputs else None)
 
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
         block = block.to(self._rows.lora_A.dtype)
         product = self._rows.of(block)
         return self._rows.beside(block, product), product
 
-    def _outside(self, momentum: Tensor) -> Tensor:
-        """Return the part outside the rows that lora_A has now: a momentum also holds what the rows of cycles
-        before left out, and of that orthogonalising would make a trace as large as the rest.
+    def _begin_move(self) -> None:
+        """See the rows that lora_A has now: a momentum also holds what the rows of cycles before left out,
+        and of that orthogonalising would make a trace as large as the rest.
         """
-        rows = Rows(self.layer.lora_A.detach(), self.layer.selected)
-        whole = momentum.to(rows.lora_A.dtype)
-        return rows.beside(whole, rows.of(whole))
+        if self._residual.keeps_momentum:
+            self._see_rows()
+
+    def _outside(self, momentum: Tensor) -> Tensor:
+        wide = momentum.to(self._rows.lora_A.dtype)
+        return self._rows.beside(wide, self._rows.of(wide))
 
     @property
     def flops(self) -> int:

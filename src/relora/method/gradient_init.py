@@ -24,6 +24,7 @@ from torch import Tensor
 from relora.method.linear import LoRALinear
 from relora.method.ranks import sum_over_ranks_, take_from_first_rank_
 from relora.method.seeds import derived_generator
+from relora.method.shards import is_sharded, local, own_part
 
 _OVERSAMPLING = 8  # rows at least, and at least as many as the rank
 
@@ -62,7 +63,8 @@ class Sketch:
         """The sum so far, (k, in_features); zeros if there was no backward pass."""
         if self._total is None:
             shape = (self._width, self.layer.in_features)
-            self._total = torch.zeros(shape, dtype=self.layer.lora_A.dtype, device=self.layer.weight.device)
+            wide = torch.float64 if self.layer.lora_A.dtype == torch.float64 else torch.float32
+            self._total = torch.zeros(shape, dtype=wide, device=self.layer.weight.device)
         return self._total
 
     @property
@@ -130,9 +132,12 @@ def take_gradient_rows_(layers: Sequence[LoRALinear], sketches: Sequence[Sketch]
         drawn = sketch.rows()
         if drawn is not None:
             rows, num_gradient_rows[sketch.layer] = drawn
-            sketch.layer.lora_A.copy_(rows)
-    # Ranks have the same sums; whether their linear algebra has the same bits is not left to chance.
-    take_from_first_rank_([layer.lora_A.detach() for layer in num_gradient_rows])
+            lora_A = sketch.layer.lora_A
+            local(lora_A).copy_(own_part(rows, lora_A))
+    # Ranks have the same sums; whether their linear algebra has the same bits is not left to chance. (Of a
+    # sharded lora_A each rank has rows of its own making, and no other.)
+    made = [layer.lora_A.detach() for layer in num_gradient_rows]
+    take_from_first_rank_([lora_A for lora_A in made if not is_sharded(lora_A)])
     return GradientInitReport(
         rows=sum(layer.config.rank for layer in layers),
         gradient_rows=sum(num_gradient_rows.values()),

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from relora.method.complement_report import ComplementReport, LayerComplement
 from relora.method.ranks import num_ranks, sum_over_ranks_
 from relora.method.residuals import Pass, Residual
+from relora.method.shards import first_row, reduce_over_shards_
 
 
 class Movable(Protocol):
@@ -35,7 +37,7 @@ class Movable(Protocol):
         """Columns."""
 
     def row_blocks(self) -> Iterator[slice]:
-        """Yield slices of rows."""
+        """Yield slices of the rows that are here: in a backward pass all."""
 
     def master_rows(self, rows: slice) -> Tensor:
         """Return rows at master precision."""
@@ -117,6 +119,9 @@ class GradientObserver:
         """Take note of nothing any more: the step is over, whatever graphs of it are still around."""
         self._is_closed = True
 
+    def _begin_move(self) -> None:
+        """Prepare for `_outside`; every rank calls it once a step."""
+
     def _outside(self, momentum: Tensor) -> Tensor:
         """Return the part of a momentum, or of what came of it, that is to be stepped on now."""
         return momentum
@@ -162,6 +167,7 @@ class GradientObserver:
             What moved, read back from the weight.
         """
         base, num_non_finite = self._base, self.num_non_finite
+        self._begin_move()
         keeps_momentum = self._residual.keeps_momentum
         if keeps_momentum:  # a sum over passes or ranks may have overflown: it would never heal
             is_bad = ~held.isfinite()
@@ -171,9 +177,10 @@ class GradientObserver:
         moved = torch.zeros((), dtype=torch.int64, device=held.device)
         square = torch.zeros((), dtype=torch.float32, device=held.device)
         base.drop_stale_residual_()
+        first = first_row(base.weight)
         for rows in base.row_blocks():
             before = base.master_rows(rows).clone()
-            direction = directions(rows)
+            direction = directions(slice(first + rows.start, first + rows.stop))
             if keeps_momentum:
                 direction = torch.where(was_seen.to(direction.device), self._outside(direction), 0)
             step = direction.to(before.dtype) * size
@@ -182,6 +189,8 @@ class GradientObserver:
             moved += change.count_nonzero()
             square += change.float().square().sum()
         base.claim_residual_()
+        for total in (moved, square):
+            reduce_over_shards_(total, base.weight, dist.ReduceOp.SUM)
         return LayerComplement(
             name=base.name,
             entries=held.numel(),

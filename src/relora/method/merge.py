@@ -19,7 +19,8 @@ from relora.errors import ConfigError, NonFiniteError
 from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.ranks import take_from_first_rank_
-from relora.method.shards import is_sharded, local, reduce_over_shards_, refuse_unfit_shards, reshard_
+from relora.method.refusals import refuse_unmergeable
+from relora.method.shards import is_sharded, local, reduce_over_shards_, reshard_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +77,6 @@ def merge_and_reinit_(model: nn.Module, *, seed: int, restart_index: int) -> Mer
     report = merge_(layers)
     reinit_(layers, seed=seed, restart_index=restart_index)
     return report
-
-
-def refuse_unmergeable(layers: Sequence[LoRALinear]) -> None:
-    """Refuse layers of which this process holds a part that it cannot merge by itself.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    refuse_unfit_shards([(layer.name or "the layer", layer.weight, layer.lora_B) for layer in layers])
-    for layer in layers:
-        residual = layer.weight_residual if layer.host_residual is None else layer.host_residual
-        if is_sharded(layer.weight) and (layer.is_transposed or residual is not None):
-            kind = "a Conv1D, stored transposed" if layer.is_transposed else f"of {layer.weight.dtype}"
-            raise ConfigError(
-                f"{layer.name or 'the layer'} is sharded and {kind}: of sharded layers only an nn.Linear in "
-                "float32 can be merged; FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16) computes in "
-                "bf16 with it"
-            )
 
 
 def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> None:

@@ -9,7 +9,6 @@ init="gradient") is observed in the steps that need it, which are known from the
 import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from relora.errors import CheckpointError, ConfigError
-from relora.method.adapters import OptimizerAdapter, adapter_for
+from relora.method.adapters import adapter_for
 from relora.method.base_error import carry_base_error_
 from relora.method.complement_report import ComplementReport
 from relora.method.config import ReLoRAConfig, ResetMethod
 from relora.method.linear import LoRALinear, lora_layers
-from relora.method.merge import merge_, refuse_unmergeable, reinit_
+from relora.method.merge import merge_, reinit_
+from relora.method.refusals import refuse_encoded_shards, refuse_other_config, refuse_unmergeable
 from relora.method.reset import check_resettable
 from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar
@@ -50,7 +50,7 @@ class ReLoRA:
     Raises:
         ConfigError: if the model holds no factors, was injected with another config or is sharded in a way
             that cannot be merged, an optimizer lacks factors or is of an unknown family, the calendar is out
-            of range, or the model is compiled or sharded and the config observes gradients.
+            of range, or the model is compiled and the config observes gradients.
 
     Attributes:
         complement_report: What the last step on the complement did (`residual`); None before the first.
@@ -84,13 +84,14 @@ class ReLoRA:
         reshard_(model)
         self._layers = lora_layers(model)
         self._may_be_sharded = any(is_sharded(layer.weight) for layer in self._layers)
-        self._refuse_unfit_layers()
+        refuse_unmergeable(self._layers)
+        refuse_other_config(self._layers, config)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._held = self._factors_by_optimizer(optimizers)
         for held_by, _ in self._held if config.reset in NEEDS_OVERLAPS else ():
             refuse_untransportable(held_by)
         adapters = [adapter_for(held_by) for held_by, _ in self._held]
-        self._refuse_encoded_shards(adapters)
+        refuse_encoded_shards(self._layers, adapters)
         if config.reset_step_count and all(adapter.step is None for adapter in adapters):
             warnings.warn("reset_step_count has no effect: the optimizer counts no steps", stacklevel=2)
         self.complement_report: ComplementReport | None = None
@@ -259,35 +260,6 @@ class ReLoRA:
             "restart_every": self.calendar.restart_every,
             "restart_growth": self.calendar.restart_growth,
         }
-
-    def _refuse_unfit_layers(self) -> None:
-        refuse_unmergeable(self._layers)
-        observing = f"residual={self.config.residual!r}" if self.config.residual != "none" else None
-        if self.config.factor_init == "gradient":
-            observing = 'init="gradient"'
-        for layer in self._layers:
-            if observing is not None and is_sharded(layer.weight):
-                raise ConfigError(
-                    f"{layer.name} is sharded, and {observing} observes gradients of whole layers: use "
-                    "DistributedDataParallel, or choose settings that need no gradient of the base"
-                )
-            if layer.config == self.config:
-                continue
-            mine, theirs = asdict(self.config), asdict(layer.config)
-            fields = [f"{k} {theirs[k]!r} (here {mine[k]!r})" for k in mine if mine[k] != theirs[k]]
-            raise ConfigError(
-                f"{layer.name} was injected with another config: {', '.join(fields)}; pass inject and ReLoRA "
-                "the same"
-            )
-
-    def _refuse_encoded_shards(self, adapters: Sequence[OptimizerAdapter]) -> None:
-        """Refuse to reset what is both encoded and sharded, before a restart comes to it."""
-        encoding = [a for a in adapters if type(a).read is not OptimizerAdapter.read]
-        if encoding and any(is_sharded(layer.lora_B) for layer in self._layers):
-            raise ConfigError(
-                f"the factors are sharded, and {encoding[0].optimizer.__name__} encodes its states: a reset "
-                "knows one of them at a time; use an optimizer of torch.optim, or DistributedDataParallel"
-            )
 
     def _refuse_other_factors(self) -> None:
         made_for = {id(parameter) for _, factors in self._held for _, parameter in factors}

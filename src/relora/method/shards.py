@@ -6,13 +6,11 @@ and its own whole. Of tensors that may be sharded, every rank calls the same fun
 """
 
 import sys
-from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from relora.errors import ConfigError
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -31,7 +29,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_part(value: Tensor, like: Tensor) -> Tensor:
-    """Return of a value that every rank has whole what this rank holds of `like`, of the same shape."""
+    """Return of a value that every rank has whole what this rank holds of `like`, which has as many rows."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -39,6 +37,14 @@ def own_part(value: Tensor, like: Tensor) -> Tensor:
     there = cast(Any, like)
     # No rank's value is sent: all have the same.
     return distribute_tensor(value, there.device_mesh, there.placements, src_data_rank=None).to_local()
+
+
+def first_row(like: Tensor) -> int:
+    """Return which of all rows of `like` is the first that this rank holds; 0 where it holds none."""
+    if not is_sharded(like):
+        return 0
+    rows = own_part(torch.arange(len(like), device=like.device), like)
+    return int(rows[0]) if len(rows) else 0
 
 
 def gathered(part: Tensor, like: Tensor) -> Tensor:
@@ -70,29 +76,3 @@ def reshard_(model: nn.Module) -> None:
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
-
-
-def refuse_unfit_shards(named: Sequence[tuple[str, nn.Parameter, nn.Parameter]]) -> None:
-    """Refuse layers of which this process holds a part that it cannot merge by itself.
-
-    Args:
-        named: Name, base and lora_B of each layer.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    for name, base, lora_B in named:
-        if base.ndim != 2 or lora_B.ndim != 2:
-            raise ConfigError(
-                f"{name} is sharded by FullyShardedDataParallel, which cuts weights regardless of rows: use "
-                "fully_shard (FSDP2), or DistributedDataParallel"
-            )
-        placements = [getattr(p, "placements", ()) for p in (base, lora_B)]
-        if not any(placements):
-            continue
-        by_rows = all(p.is_replicate() or p.is_shard(0) for p in placements[0])
-        if placements[0] != placements[1] or not by_rows or len(local(base)) != len(local(lora_B)):
-            raise ConfigError(
-                f"{name} is sharded otherwise than by its rows, as fully_shard does it: the base is placed "
-                f"{placements[0]}, lora_B {placements[1]}; shard whole layers, by dimension 0"
-            )

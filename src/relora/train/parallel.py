@@ -137,7 +137,10 @@ def processes(strategy: Strategy) -> Iterator[Processes]:
         ConfigError: for a strategy that is not available.
     """
     if strategy == "fsdp":
-        raise ConfigError('distributed.strategy "fsdp" is not supported yet: use "ddp", or "auto"')
+        raise ConfigError(
+            'distributed.strategy "fsdp" is not supported yet: use "ddp", or "auto"; in a loop of your own '
+            "ReLoRA takes a model that fully_shard has sharded (docs/method.md)"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     has_cuda = torch.cuda.is_available()
