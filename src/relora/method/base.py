@@ -154,14 +154,14 @@ class FrozenBase(nn.Module):
         """Forget the residual if somebody has written the weight since it was split: the weight is right."""
         if self._residual is None or self.weight.is_meta:
             return
-        if self._residual_owner is None or bool(self._residual_owner != fingerprint(self.weight)):
+        if self._residual_owner is None or bool(self._residual_owner != fingerprint(local(self.weight))):
             self._clear_residual_()
             self.claim_residual_()
 
     def claim_residual_(self) -> None:
         """Record that the residual belongs to the weight as it stands."""
         split = self._residual is not None and not self.weight.is_meta
-        self._residual_owner = fingerprint(self.weight) if split else None
+        self._residual_owner = fingerprint(local(self.weight)) if split else None
         if self._host_residual is not None and self.weight.device.type == "cuda":
             torch.cuda.synchronize(self.weight.device)  # its rows may still be on their way to the host
 

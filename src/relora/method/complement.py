@@ -63,7 +63,7 @@ class LayerObserver(GradientObserver):
     def __init__(self, layer: LoRALinear, residual: Residual, *, seed: int = 0) -> None:
         super().__init__(layer, residual, seed=seed)
         self.layer = layer
-        self._rows: Rows
+        self._rows: Rows | None = None
 
     def observe(self, x: Tensor, gradient: Tensor) -> Tensor | None:
         """Add one backward pass, seen by the rows that lora_A has now."""
@@ -77,6 +77,7 @@ class LayerObserver(GradientObserver):
         self._rows = Rows(lora_A, lora_A.argmax(1) if self.layer.selects_inputs else None)
 
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._rows is not None
         block = block.to(self._rows.lora_A.dtype)
         product = self._rows.of(block)
         return self._rows.beside(block, product), product
@@ -88,7 +89,11 @@ class LayerObserver(GradientObserver):
         if self._residual.keeps_momentum:
             self._see_rows()
 
+    def _end_look(self) -> None:
+        self._rows = None  # of a sharded layer they are a whole lora_A
+
     def _outside(self, momentum: Tensor) -> Tensor:
+        assert self._rows is not None
         wide = momentum.to(self._rows.lora_A.dtype)
         return self._rows.beside(wide, self._rows.of(wide))
 

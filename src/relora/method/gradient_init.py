@@ -24,7 +24,7 @@ from torch import Tensor
 from relora.method.linear import LoRALinear
 from relora.method.ranks import sum_over_ranks_, take_from_first_rank_
 from relora.method.seeds import derived_generator
-from relora.method.shards import is_sharded, local, own_part
+from relora.method.shards import is_sharded, write_whole_
 
 _OVERSAMPLING = 8  # rows at least, and at least as many as the rank
 
@@ -132,10 +132,9 @@ def take_gradient_rows_(layers: Sequence[LoRALinear], sketches: Sequence[Sketch]
         drawn = sketch.rows()
         if drawn is not None:
             rows, num_gradient_rows[sketch.layer] = drawn
-            lora_A = sketch.layer.lora_A
-            local(lora_A).copy_(own_part(rows, lora_A))
-    # Ranks have the same sums; whether their linear algebra has the same bits is not left to chance. (Of a
-    # sharded lora_A each rank has rows of its own making, and no other.)
+            write_whole_(sketch.layer.lora_A, rows)
+    # Ranks have the same sums; whether their linear algebra has the same bits is not left to chance. (A
+    # sharded lora_A is taken from the first rank before it is cut.)
     made = [layer.lora_A.detach() for layer in num_gradient_rows]
     take_from_first_rank_([lora_A for lora_A in made if not is_sharded(lora_A)])
     return GradientInitReport(

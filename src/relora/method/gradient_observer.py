@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from relora.method.complement_report import ComplementReport, LayerComplement
@@ -101,6 +100,7 @@ class GradientObserver:
         self.num_non_finite = self.num_non_finite.to(bad.device) + bad
         self.num_passes += 1
         self.num_rows += len(x)
+        self._end_look()
         return torch.cat(products) if products else None
 
     def _split(self, block: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +121,9 @@ class GradientObserver:
 
     def _begin_move(self) -> None:
         """Prepare for `_outside`; every rank calls it once a step."""
+
+    def _end_look(self) -> None:
+        """Let go of what `observe` or `move_` needed."""
 
     def _outside(self, momentum: Tensor) -> Tensor:
         """Return the part of a momentum, or of what came of it, that is to be stepped on now."""
@@ -189,8 +192,9 @@ class GradientObserver:
             moved += change.count_nonzero()
             square += change.float().square().sum()
         base.claim_residual_()
+        self._end_look()
         for total in (moved, square):
-            reduce_over_shards_(total, base.weight, dist.ReduceOp.SUM)
+            reduce_over_shards_(total, base.weight, "sum")
         return LayerComplement(
             name=base.name,
             entries=held.numel(),

@@ -25,6 +25,7 @@ from relora.method.gradient_observer import GradientObserver, move_together_
 from relora.method.observe import observed, refuse_compiled
 from relora.method.residuals import RESIDUALS
 from relora.method.seeds import derived_seed
+from relora.method.shards import is_sharded
 
 _BLOCK_ENTRIES = 1 << 22
 
@@ -94,7 +95,8 @@ class InPlace:
         seed: Of what is rounded at random, with the step and the layer's name.
 
     Raises:
-        ConfigError: if the model is compiled, or a weight is of half precision, which would round steps away.
+        ConfigError: if the model is compiled, a weight is sharded, or one is of half precision, which would
+            round steps away.
     """
 
     def __init__(
@@ -115,6 +117,11 @@ class InPlace:
                 raise ConfigError(
                     f"training by {kind!r} steps in place needs weights in float32, but {weight.name} is "
                     f"{weight.weight.dtype}: most of a step would be rounded away"
+                )
+            if is_sharded(weight.weight):
+                raise ConfigError(
+                    f"training by {kind!r} steps in place needs whole weights, but {weight.name} is sharded: "
+                    "use DistributedDataParallel"
                 )
             weight.weight.requires_grad_(False)
         self._observers: dict[nn.Module, GradientObserver] = {}

@@ -26,7 +26,7 @@ from relora.method.master import keeping
 from relora.method.momentum import BaseWithMomentum
 from relora.method.observe import Observer, observed, product_of
 from relora.method.scaling import initial_scaling
-from relora.method.shards import local, own_part, whole
+from relora.method.shards import local, whole, write_whole_
 
 _LEAST_GATHERED = 16
 """Tokens from which on finding the inputs that lora_A selects costs less than a product with it."""
@@ -245,7 +245,7 @@ class LoRALinear(BaseWithMomentum):
                 device=self.lora_A.device,
             )
             drawn = FACTOR_INITS[self.config.factor_init].draw(draw).to(self.lora_A.device)
-            local(self.lora_A).copy_(own_part(drawn, self.lora_A))
+            write_whole_(self.lora_A, drawn)
         self.lora_B.zero_()
 
     @torch.no_grad()
@@ -271,7 +271,9 @@ class LoRALinear(BaseWithMomentum):
         entries = cast(dict[str, Any], state_dict)
         own = {name: p for name in _FACTORS if (p := getattr(self, name)) is not None}
         weight = entries.get(prefix + "weight")
-        if prefix + "lora_A" in entries:
+        # For what a checkpoint lacks, torch.distributed.checkpoint puts the model's own parameters there.
+        given = [name for name, p in own.items() if entries.get(prefix + name, p) is not p]
+        if "lora_A" in given:
             self._pending_draw = None
             if not self.could_be_rows(entries[prefix + "lora_A"]):
                 args[-1].append(
@@ -279,7 +281,7 @@ class LoRALinear(BaseWithMomentum):
                     "single 1); inject the model with the init it was saved with"
                 )
                 entries[prefix + "lora_A"] = self.lora_A.detach().clone()
-        elif weight is not None and not any(prefix + name in entries for name in own):
+        elif weight is not None and weight is not self.weight and not given:
             # A checkpoint of the plain model: its function is the base alone, so the delta becomes 0.
             for name, p in own.items():
                 value = torch.empty_like(p, device=weight.device) if p.is_meta else p.detach().clone()
@@ -294,10 +296,12 @@ class LoRALinear(BaseWithMomentum):
 
     def could_be_rows(self, rows: object) -> bool:
         """Tell whether something is fit to be this layer's lora_A; what is no plain tensor is not judged."""
-        if not self.selects_inputs or type(rows) not in (Tensor, nn.Parameter):
+        if not self.selects_inputs or not isinstance(rows, Tensor):
             return True
-        assert isinstance(rows, Tensor)
         if rows.is_meta or rows.shape != self.lora_A.shape:
+            return True
+        rows = whole(rows.detach())
+        if type(rows) is not Tensor:
             return True
         return bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all())
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.linalg import vector_norm as norm
 
@@ -20,7 +19,7 @@ from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.ranks import take_from_first_rank_
 from relora.method.refusals import refuse_unmergeable
-from relora.method.shards import is_sharded, local, reduce_over_shards_, reshard_
+from relora.method.shards import is_sharded, is_true_anywhere, local, reduce_over_shards_, reshard_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def reinit_(layers: Sequence[LoRALinear], *, seed: int, restart_index: int) -> N
     for layer in layers:
         layer.reinit_(seed=seed, restart_index=restart_index)
     # Ranks draw the same numbers; whether a GPU's linear algebra has the same bits is not left to chance.
-    # (Of a sharded lora_A each rank has rows of its own draw, and no other.)
+    # (A sharded lora_A is taken from the first rank before it is cut.)
     made_there = [layer for layer in layers if FACTOR_INITS[layer.config.factor_init].is_made_on_device]
     rows = [layer.lora_A.detach() for layer in made_there if not is_sharded(layer.lora_A)]
     take_from_first_rank_([lora_A for lora_A in rows if lora_A.is_cuda])
@@ -125,11 +124,7 @@ def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
     """Tell whether all merged weights would be finite, on every rank."""
     lora_A = layer.whole_lora_A()
     is_broken = layer.num_rows > 0 and not _rows_are_mergeable(layer, lora_A, keep)
-    if not is_sharded(layer.weight):
-        return not is_broken
-    anywhere = torch.tensor(float(is_broken), device=layer.weight.device)
-    reduce_over_shards_(anywhere, layer.weight, dist.ReduceOp.MAX)
-    return not bool(anywhere)
+    return not is_true_anywhere(is_broken, layer.weight)
 
 
 def _rows_are_mergeable(layer: LoRALinear, lora_A: Tensor, keep: float) -> bool:
@@ -176,8 +171,8 @@ def _merge_layer_(layer: LoRALinear, keep: float) -> LayerMerge:
         sums += torch.stack(sizes).square()
         peaks = torch.maximum(peaks, torch.stack(largest))
     layer.claim_residual_()
-    reduce_over_shards_(sums, layer.weight, dist.ReduceOp.SUM)
-    reduce_over_shards_(peaks, layer.weight, dist.ReduceOp.MAX)
+    reduce_over_shards_(sums, layer.weight, "sum")
+    reduce_over_shards_(peaks, layer.weight, "max")
     delta_norm, lost_norm = (math.sqrt(value) for value in sums.tolist())
     max_abs_delta, max_function_change = peaks.tolist()
     return LayerMerge(

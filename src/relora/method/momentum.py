@@ -33,6 +33,15 @@ class BaseWithMomentum(FrozenBase):
                 self.out_features, self.in_features, dtype=dtype, device=device
             )
 
+    def bring_momentum_(self) -> None:
+        """Move the momentum to where the weight is: `fully_shard` moves parameters and buffers alone."""
+        momentum, device = self.weight_momentum, self.weight.device
+        if momentum is not None and momentum.device != device:
+            is_empty = momentum.is_meta
+            self.weight_momentum = (
+                torch.zeros_like(momentum, device=device) if is_empty else momentum.to(device)
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.weight_momentum is not None:
@@ -55,9 +64,9 @@ class BaseWithMomentum(FrozenBase):
         super()._load_from_state_dict(entries, prefix, *args, **kwargs)
         if mine is None:
             return
-        device = self.weight.device  # no longer meta, where the weight was assigned
-        if mine.device != device:
-            mine = self.weight_momentum = torch.zeros_like(mine, device=device)
+        self.bring_momentum_()  # the weight is no longer meta, where it was assigned
+        mine = self.weight_momentum
+        assert mine is not None
         if loaded is None:
             missing += [name] if strict else []
         elif loaded.shape != mine.shape:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any, cast
 
 from relora.errors import ConfigError
 from relora.method.adapters import OptimizerAdapter
@@ -35,14 +36,16 @@ def _obstacle(layer: LoRALinear) -> str | None:
     if placements != beside or not by_rows or len(local(base)) != len(local(lora_B)):
         return (
             f"otherwise than by its rows, as fully_shard does it: its base is placed {placements}, lora_B "
-            f"{beside}; shard whole layers, by dimension 0"
+            f"{beside}; shard whole layers, by dimension 0, and ignore none of their parameters"
         )
+    if base.device.type != cast(Any, base).device_mesh.device_type:
+        return f"and offloaded to the {base.device.type}, where ranks do not meet: leave that policy out"
     residual = layer.weight_residual if layer.host_residual is None else layer.host_residual
     if layer.is_transposed or residual is not None:
         kind = "a Conv1D, stored transposed" if layer.is_transposed else f"of {base.dtype}"
         return (
-            f"and {kind}: of sharded layers only an nn.Linear in float32 can be merged; FSDP2's "
-            "MixedPrecisionPolicy(param_dtype=torch.bfloat16) computes in bf16 with it"
+            f"and {kind}: of sharded layers only an nn.Linear in float32 can be merged; torch.autocast "
+            "computes in bf16 with it"
         )
     return None
 

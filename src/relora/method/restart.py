@@ -27,7 +27,7 @@ from relora.method.reset import check_resettable
 from relora.method.restart_report import RestartReport
 from relora.method.schedule import Calendar
 from relora.method.seeds import derived_seed
-from relora.method.shards import is_sharded, reshard_
+from relora.method.shards import is_sharded, reshard_, whole
 from relora.method.state_policies import NEEDS_OVERLAPS, STATE_POLICIES, Renewal
 from relora.method.transport import overlap, refuse_untransportable
 from relora.method.watch import Watch
@@ -83,6 +83,7 @@ class ReLoRA:
         self._keep = 1.0
         reshard_(model)
         self._layers = lora_layers(model)
+        self._has_stepped = False
         self._may_be_sharded = any(is_sharded(layer.weight) for layer in self._layers)
         refuse_unmergeable(self._layers)
         refuse_other_config(self._layers, config)
@@ -90,6 +91,8 @@ class ReLoRA:
         self._held = self._factors_by_optimizer(optimizers)
         for held_by, _ in self._held if config.reset in NEEDS_OVERLAPS else ():
             refuse_untransportable(held_by)
+        for layer in self._layers:
+            layer.bring_momentum_()
         adapters = [adapter_for(held_by) for held_by, _ in self._held]
         refuse_encoded_shards(self._layers, adapters)
         if config.reset_step_count and all(adapter.step is None for adapter in adapters):
@@ -129,6 +132,9 @@ class ReLoRA:
                 "end of the longer run"
             )
         self._reshard_()
+        if not self._has_stepped:  # later than here nothing has trained what this ReLoRA does not hold
+            self._refuse_other_factors()
+            self._has_stepped = True
         if was_taken:
             self._watch.refuse_unseen(step)
         else:
@@ -183,7 +189,7 @@ class ReLoRA:
         merge = merge_(self._layers, keep=keep)
         index = self.restart_index + 1
         old = self._layers if self.config.reset in NEEDS_OVERLAPS else ()
-        old_As = {f"{layer.name}.lora_B".lstrip("."): layer.whole_lora_A().clone() for layer in old}
+        old_As = {f"{layer.name}.lora_B".lstrip("."): whole(layer.lora_A.detach()).clone() for layer in old}
         reinit_(self._layers, seed=self.seed, restart_index=index)
         gradient_init = self._watch.take_gradient_rows_(seen=seen)
         base_error = carry_base_error_(self._layers) if self.config.carry_base_error else None
@@ -268,7 +274,8 @@ class ReLoRA:
         if strangers or not made_for <= present:
             raise ConfigError(
                 "the model's factors are no longer those this ReLoRA and its optimizer hold "
-                f"({', '.join(strangers[:3]) or 'it was folded'}); build both anew after fold and inject"
+                f"({', '.join(strangers[:3]) or 'it was folded'}); build both anew after fold, inject or "
+                "fully_shard"
             )
 
     def _factors(self) -> list[Factor]:

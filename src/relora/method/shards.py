@@ -6,11 +6,13 @@ and its own whole. Of tensors that may be sharded, every rank calls the same fun
 """
 
 import sys
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from relora.method.ranks import take_from_first_rank_
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -39,6 +41,13 @@ def own_part(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, there.device_mesh, there.placements, src_data_rank=None).to_local()
 
 
+def write_whole_(target: Tensor, value: Tensor) -> None:
+    """Give a tensor a value that every rank has made; where each takes a part of it, the first rank's."""
+    if is_sharded(target):
+        take_from_first_rank_([value])
+    local(target).copy_(own_part(value, target))
+
+
 def first_row(like: Tensor) -> int:
     """Return which of all rows of `like` is the first that this rank holds; 0 where it holds none."""
     if not is_sharded(like):
@@ -60,11 +69,26 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
     return rows.full_tensor()
 
 
-def reduce_over_shards_(value: Tensor, like: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+def reduce_over_shards_(value: Tensor, like: Tensor, by: Literal["sum", "max"]) -> None:
     """Reduce a value in place over the ranks that share `like`."""
     for dim, placement in enumerate(getattr(like, "placements", ())):
         if placement.is_shard():
-            dist.all_reduce(value, op, group=cast(Any, like).device_mesh.get_group(dim))
+            _reduce_(value, like, dim, by)
+
+
+def is_true_anywhere(flag: bool, like: Tensor) -> bool:
+    """Return whether a flag is set on any rank that holds a part of `like`, or a copy of one."""
+    if not is_sharded(like):
+        return flag
+    value = torch.tensor(float(flag), device=like.device)
+    for dim in range(cast(Any, like).device_mesh.ndim):
+        _reduce_(value, like, dim, "max")
+    return bool(value)
+
+
+def _reduce_(value: Tensor, like: Tensor, dim: int, by: Literal["sum", "max"]) -> None:
+    op = dist.ReduceOp.SUM if by == "sum" else dist.ReduceOp.MAX
+    dist.all_reduce(value, op, group=cast(Any, like).device_mesh.get_group(dim))
 
 
 def reshard_(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ class Processes:
     device: torch.device
     patient_group: dist.ProcessGroup | None = None
     """Waits as long as the main process takes, which may read and tokenise for hours."""
-    replicas: WeakSet[DistributedDataParallel] = field(default_factory=WeakSet)
+    replicas: WeakSet[DistributedDataParallel] = field(default_factory=WeakSet, compare=False)
     """What `wrap_for_training` returned and is still in use."""
 
     @property
