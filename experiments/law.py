@@ -117,6 +117,20 @@ def foretold(law: Mapping[int, np.ndarray], parameters: float, tokens: float) ->
     return {seed: float(np.dot(terms(parameters, tokens), found)) for seed, found in law.items()}
 
 
+def end_of_lead(law: Mapping[int, np.ndarray], parameters: float) -> str:
+    """Return at how many tokens the law puts the gap at 0, by mean and interval of their logarithms over
+    seeds; or that by some seed there is no such number.
+    """
+    ends = {}
+    for seed, (_, _, by_tokens) in law.items():
+        if by_tokens <= 0:
+            return "nowhere by every seed"
+        ends[seed] = -foretold(law, parameters, UNIT_TOKENS)[seed] / float(by_tokens)
+    found = over_seeds(ends)
+    mean, low, high = (math.exp(end) * UNIT_TOKENS / 1e6 for end in (found.mean, found.low, found.high))
+    return f"at {mean:.0f} M tokens ({low:,.0f} to {high:,.0f})"
+
+
 def largest_residual(measured: Sequence[Point], law: Mapping[int, np.ndarray]) -> float:
     """Return how far the mean of the gaps lies from the law at worst, with its sign."""
     residuals = []
@@ -156,9 +170,7 @@ def draw(path: Path) -> None:
             lengths = np.geomspace(min(tokens_run), max(tokens_run), 20)
             for size, color in zip(sizes, colors, strict=True):
                 told = [over_seeds(foretold(law, size, tokens)) for tokens in lengths]
-                axes.plot(
-                    lengths, [t.mean for t in told], color=color, label=f"{size / 1e6:.2f} M parameters"
-                )
+                axes.plot(lengths, [t.mean for t in told], color=color, label=f"{size / 1e6:.2f} M")
                 lows, highs = [t.low for t in told], [t.high for t in told]
                 axes.fill_between(lengths, lows, highs, color=color, alpha=0.1, lw=0)
                 for point in (p for p in measured if p.parameters == size):
@@ -169,7 +181,13 @@ def draw(path: Path) -> None:
             axes.set(xlabel="tokens", title=arm)
             axes.spines[["top", "right"]].set_visible(False)
         figure.axes[0].set(ylabel="held-out loss over full rank's by AdamW, nat")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            title="parameters outside embeddings and head",
+        )
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -188,6 +206,7 @@ def main() -> None:
         print(f"| {arm} | {' | '.join(parts)} | {largest_residual(measured, law):+.3f} |")
         both = in_words({seed: float(found[1] + found[2]) for seed, found in law.items()})
         print(f"  per factor e of both, tokens a parameter as they are: {both}")
+        print(f"  gone, at {UNIT_PARAMETERS / 1e6:g} M parameters: {end_of_lead(law, UNIT_PARAMETERS)}")
         for parameters, tokens in EXTRAPOLATED:
             told = in_words(foretold(law, parameters, tokens))
             print(f"  drawn out to {parameters / 1e6:g} M parameters, {tokens / 1e6:g} M tokens: {told}")

@@ -44,6 +44,14 @@ def test_the_coefficients_of_each_seed_come_out_again(law):
     )
 
 
+def test_the_end_of_a_lead_is_where_its_law_puts_it(law):
+    shrinking = {seed: np.array([-0.1, -0.02, 0.05 + 0.01 * seed]) for seed in range(3)}
+    # -0.1 + c ln(D / 5e6) = 0, by the mean of 0.1 / c over the seeds.
+    mean = np.exp(np.mean([0.1 / 0.05, 0.1 / 0.06, 0.1 / 0.07])) * 5
+    assert law.end_of_lead(shrinking, 1e6).startswith(f"at {mean:.0f} M tokens (")
+    assert law.end_of_lead(TRUE, 1e6) == "nowhere by every seed"
+
+
 def test_what_is_no_such_law_is_seen_in_the_residual(law):
     measured = made(law, bend=0.3)
     assert law.largest_residual(measured, law.fitted(measured)) > 0.1
