@@ -132,7 +132,7 @@ class ReLoRA:
                 "end of the longer run"
             )
         self._reshard_()
-        if not self._has_stepped:  # later than here nothing has trained what this ReLoRA does not hold
+        if not self._has_stepped:  # not at the first restart only: until then no factor would have trained
             self._refuse_other_factors()
             self._has_stepped = True
         if was_taken:
