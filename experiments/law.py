@@ -121,12 +121,11 @@ def end_of_lead(law: Mapping[int, np.ndarray], parameters: float) -> str:
     """Return at how many tokens the law puts the gap at 0, by mean and interval of their logarithms over
     seeds; or that by some seed there is no such number.
     """
-    ends = {}
-    for seed, (_, _, by_tokens) in law.items():
-        if by_tokens <= 0:
-            return "nowhere by every seed"
-        ends[seed] = -foretold(law, parameters, UNIT_TOKENS)[seed] / float(by_tokens)
-    found = over_seeds(ends)
+    by_tokens = {seed: float(found[2]) for seed, found in law.items()}
+    if min(by_tokens.values()) <= 0:
+        return "nowhere by every seed"
+    leads = foretold(law, parameters, UNIT_TOKENS)
+    found = over_seeds({seed: -leads[seed] / by_tokens[seed] for seed in law})
     mean, low, high = (math.exp(end) * UNIT_TOKENS / 1e6 for end in (found.mean, found.low, found.high))
     return f"at {mean:.0f} M tokens ({low:,.0f} to {high:,.0f})"
 

@@ -19,7 +19,7 @@ from relora.method.factor_init import FACTOR_INITS
 from relora.method.linear import LoRALinear, lora_layers
 from relora.method.ranks import take_from_first_rank_
 from relora.method.refusals import refuse_unmergeable
-from relora.method.shards import is_sharded, is_true_anywhere, local, reduce_over_shards_, reshard_
+from relora.method.shards import is_sharded, is_true_anywhere, local, reduce_over_shards_, reshard_, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def merge_(layers: Sequence[LoRALinear], *, keep: float = 1.0) -> MergeReport:
 
 def _is_mergeable(layer: LoRALinear, keep: float) -> bool:
     """Tell whether all merged weights would be finite, on every rank."""
-    lora_A = layer.whole_lora_A()
+    lora_A = whole(layer.lora_A.detach())  # by every rank, also by one without rows
     is_broken = layer.num_rows > 0 and not _rows_are_mergeable(layer, lora_A, keep)
     return not is_true_anywhere(is_broken, layer.weight)
 
@@ -131,6 +131,7 @@ def _rows_are_mergeable(layer: LoRALinear, lora_A: Tensor, keep: float) -> bool:
     """Tell whether the rows here would be finite: by a bound, which costs no product, or one by one."""
     if _bound(layer, lora_A, keep) < torch.finfo(layer.value_dtype).max / 2:
         return True
+    lora_A = lora_A.to(layer.merge_dtype)
     finite = [
         _sum(layer.master_rows(rows), layer.delta(rows, lora_A=lora_A), keep)
         .to(layer.value_dtype)
